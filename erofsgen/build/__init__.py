@@ -1,0 +1,1 @@
+"""The pipeline: image to tree to chunks to packs and index to manifest."""

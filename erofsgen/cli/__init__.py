@@ -1,0 +1,1 @@
+"""The command line: one module per verb; click and rich; no logic."""

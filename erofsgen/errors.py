@@ -1,0 +1,76 @@
+"""Errors a user can meet. One class per exit code; the command line prints them as one line.
+
+::
+
+    ErofsgenError            1   anything below, unspecified
+    ├── UsageError           2   the command line or a reference is malformed
+    ├── NotFoundError        3   no such image, tag, path or blob
+    ├── FormatError          4   bytes are not what their format says: tar, index, pack, manifest
+    │   └── IntegrityError   5   bytes are not what their digest or length says
+    ├── RemoteError          6   a registry or store refused or could not be reached
+    ├── StorageError         7   the local disk refused: full, read-only, permission
+    ├── UnsupportedError     8   understood, but not possible here: kernel, media type, feature
+    └── BusyError            9   somebody else holds what is needed: a lock, a mount
+
+A message says what is wrong and where; ``hint`` says what to do. Neither ends in a full stop.
+"""
+
+from __future__ import annotations
+
+
+class ErofsgenError(Exception):
+    """Base of every error raised on purpose. ``str(error)`` is the user's line, without the hint."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(ErofsgenError):
+    """The command line or an image reference is malformed."""
+
+    exit_code = 2
+
+
+class NotFoundError(ErofsgenError):
+    """An image, tag, path or blob does not exist."""
+
+    exit_code = 3
+
+
+class FormatError(ErofsgenError):
+    """Bytes do not follow the format they claim: tar, index, pack, manifest."""
+
+    exit_code = 4
+
+
+class IntegrityError(FormatError):
+    """Bytes differ from their digest or length."""
+
+    exit_code = 5
+
+
+class RemoteError(ErofsgenError):
+    """A registry or a remote store refused, failed or could not be reached."""
+
+    exit_code = 6
+
+
+class StorageError(ErofsgenError):
+    """The local file system refused: full, read-only, permission denied."""
+
+    exit_code = 7
+
+
+class UnsupportedError(ErofsgenError):
+    """Well-formed, but this program, kernel or machine cannot do it."""
+
+    exit_code = 8
+
+
+class BusyError(ErofsgenError):
+    """Something needed is in use: a lock, a mount point."""
+
+    exit_code = 9

@@ -1,0 +1,1 @@
+"""Images in: references, registry client, layouts and archives, layers to one tree."""

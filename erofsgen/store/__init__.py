@@ -1,0 +1,1 @@
+"""Where blobs live: one small interface, always an OCI image layout."""
