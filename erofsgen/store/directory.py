@@ -1,0 +1,297 @@
+"""A store in a directory: an OCI image layout, with a builder's own files beside it.
+
+::
+
+    STORE/
+    ├── oci-layout                  {"imageLayoutVersion": "1.0.0"}
+    ├── index.json                  references; replaced by rename, under lock.references
+    ├── blobs/sha256/<hex>          immutable; appear by rename after fsync
+    └── erofsgen/                   nothing here is part of an image
+        ├── layers/<key>            layer records
+        ├── dictionary/             chunk digests to packs (erofsgen.build.dictionary); can be rebuilt
+        ├── downloads/              compressed layers on their way in
+        ├── tmp/<random>            blobs being written; a crash leaves them, gc removes them
+        ├── lock.build              shared: a build; exclusive: gc
+        └── lock.references         exclusive: a change of index.json
+
+Lock order: lock.build, then lock.references. A crash at any point leaves the old index.json or the new one, complete
+blobs, and files in tmp/ that nothing names. Blobs that no reference reaches are garbage until a build names them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from erofsgen.errors import BusyError, ErofsgenError, FormatError, IntegrityError, NotFoundError, StorageError
+from erofsgen.store.base import BlobWriter, Descriptor, Store
+
+REF_NAME: Final = "org.opencontainers.image.ref.name"
+_LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
+_WRITEBACK: Final = 16 << 20
+"""Bytes after which the kernel is asked to start writing, so that the fsync at the end has little left to do."""
+
+
+class _Index(msgspec.Struct, rename={"schema_version": "schemaVersion", "media_type": "mediaType"}):
+    schema_version: int = 2
+    media_type: str = "application/vnd.oci.image.index.v1+json"
+    manifests: list[Descriptor] = []
+
+
+class DirectoryStore(Store):
+    """The store at ``path``; ``create`` makes the directory where it is missing."""
+
+    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+        self.path = Path(path)
+        self.url = str(path)
+        self._blobs = self.path / "blobs" / "sha256"
+        self._private = self.path / "erofsgen"
+        self._records = self._private / "layers"
+        with _storage(self.path):
+            if create:
+                self._initialise()
+            elif not (self.path / "oci-layout").exists():
+                raise NotFoundError(f"no store at {self.path}", hint="build an image first, or name another --store")
+
+    def _initialise(self) -> None:
+        for directory in (self._blobs, self._records, self._private / "tmp", self.downloads):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "index.json").exists():
+            with self._lock("lock.references", fcntl.LOCK_EX):
+                if not (self.path / "index.json").exists():
+                    self._replace(self.path / "index.json", msgspec.json.encode(_Index()))
+        if not (self.path / "oci-layout").exists():
+            self._replace(self.path / "oci-layout", _LAYOUT)
+
+    @property
+    def downloads(self) -> Path:
+        """Where compressed layers are kept until they are converted."""
+        return self._private / "downloads"
+
+    @property
+    def dictionary(self) -> Path:
+        """Where this store's chunk dictionary lives."""
+        return self._private / "dictionary"
+
+    def blob_path(self, digest: str) -> Path:
+        """The file of a blob, whether it exists or not. Raises FormatError for what is no sha256 digest."""
+        algorithm, _, name = digest.partition(":")
+        if algorithm != "sha256" or len(name) != 64 or set(name) - set("0123456789abcdef"):
+            raise FormatError(f"{self.url}: not a sha256 digest: {digest!r}")
+        return self._blobs / name
+
+    def size(self, digest: str) -> int | None:
+        try:
+            return os.stat(self.blob_path(digest)).st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, digest: str, offset: int, length: int) -> bytes:
+        path = self.blob_path(digest)
+        try:
+            with path.open("rb", buffering=0) as blob:
+                pieces = []
+                while length:
+                    piece = os.pread(blob.fileno(), length, offset)
+                    if not piece:
+                        raise IntegrityError(f"{path}: ends at byte {offset}, {length} more expected", hint=_REBUILD)
+                    pieces.append(piece)
+                    offset += len(piece)
+                    length -= len(piece)
+        except FileNotFoundError:
+            raise NotFoundError(f"{self.url}: no blob {digest}", hint=_REBUILD) from None
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def create(self) -> BlobWriter:
+        return _FileWriter(self._private / "tmp" / secrets.token_hex(8), self._blobs)
+
+    def blobs(self) -> Iterator[tuple[str, int]]:
+        with _storage(self._blobs):
+            for item in os.scandir(self._blobs):
+                yield f"sha256:{item.name}", item.stat().st_size
+
+    def delete(self, digest: str) -> None:
+        with _storage(self._blobs):
+            self.blob_path(digest).unlink(missing_ok=True)
+
+    def references(self) -> dict[str, Descriptor]:
+        return {
+            name: manifest
+            for manifest in self._read_index().manifests
+            if (name := manifest.annotations.get(REF_NAME)) is not None
+        }
+
+    def tag(self, name: str, manifest: Descriptor) -> None:
+        with self._changing_index() as index:
+            _remove(index, name)
+            named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name})
+            index.manifests.append(named)
+
+    def untag(self, name: str) -> None:
+        with self._changing_index() as index:
+            if not _remove(index, name):
+                raise NotFoundError(f"{self.url}: no image {name!r}", hint="see `erofsgen images`")
+
+    def record(self, key: str) -> bytes | None:
+        try:
+            return (self._records / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put_record(self, key: str, data: bytes) -> None:
+        with _storage(self._records):
+            self._replace(self._records / key, data)
+
+    def records(self) -> Iterator[str]:
+        with _storage(self._records):
+            yield from os.listdir(self._records)
+
+    def delete_record(self, key: str) -> None:
+        with _storage(self._records):
+            (self._records / key).unlink(missing_ok=True)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        with self._lock("lock.build", fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        try:
+            with self._lock("lock.build", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for item in os.scandir(self._private / "tmp"):
+                    os.unlink(item.path)  # nobody is building: whoever wrote it is gone
+                yield
+        except BlockingIOError:
+            raise BusyError(f"{self.url}: a build is running", hint="try again when it has finished") from None
+
+    def _read_index(self) -> _Index:
+        path = self.path / "index.json"
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=_Index)
+        except FileNotFoundError:
+            raise NotFoundError(f"no store at {self.path}", hint="build an image first") from None
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{path}: {error}") from None
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from error
+
+    @contextmanager
+    def _changing_index(self) -> Iterator[_Index]:
+        with self._lock("lock.references", fcntl.LOCK_EX):
+            index = self._read_index()
+            yield index
+            self._replace(self.path / "index.json", msgspec.json.encode(index))
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        temporary = self._private / "tmp" / secrets.token_hex(8)
+        with _storage(path):
+            try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            _sync_directory(path.parent)
+
+    @contextmanager
+    def _lock(self, name: str, operation: int) -> Iterator[None]:
+        with _storage(self._private / name):
+            descriptor = os.open(self._private / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, operation)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+_REBUILD: Final = "run `erofsgen check`, then build the image again"
+
+
+class _FileWriter(BlobWriter):
+    def __init__(self, temporary: Path, directory: Path) -> None:
+        self._temporary = temporary
+        self._directory = directory
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._written_back = 0
+        with _storage(temporary):
+            self._fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        self._hash.update(data)
+        view = memoryview(data).cast("B")
+        with _storage(self._directory):
+            while view:
+                written = os.write(self._fd, view)
+                self._size += written
+                view = view[written:]
+            if self._size - self._written_back >= _WRITEBACK:
+                # DONTNEED starts writing dirty pages and keeps those still dirty; see mm/fadvise.c
+                os.posix_fadvise(self._fd, self._written_back, self._size - self._written_back, os.POSIX_FADV_DONTNEED)
+                self._written_back = self._size
+
+    def commit(self) -> tuple[str, int]:
+        name = self._hash.hexdigest()
+        with _storage(self._directory):
+            os.fsync(self._fd)
+            os.rename(self._temporary, self._directory / name)
+            _sync_directory(self._directory)
+        os.close(self._fd)
+        self._fd = -1
+        return f"sha256:{name}", self._size
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage(path: Path) -> Iterator[None]:
+    """Turns an OSError about ``path`` into the user's line."""
+    try:
+        yield
+    except ErofsgenError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EAGAIN:
+            raise
+        hint = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space (`erofsgen gc`) and run the command again: finished layers are kept"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "choose another directory with --store"
+        raise StorageError(f"{path}: {error.strerror}", hint=hint) from error
+
+
+def _remove(index: _Index, name: str) -> bool:
+    before = len(index.manifests)
+    index.manifests[:] = [m for m in index.manifests if m.annotations.get(REF_NAME) != name]
+    return len(index.manifests) != before
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
