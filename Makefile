@@ -1,0 +1,31 @@
+# Targets are documented with "##" behind their name; `make help` prints them.
+# PYTHON picks the interpreter the virtual environment is made with, ARGS is handed to pytest, the demo or the benches.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing: system packages (apt-get, needs root or sudo) and .venv
+	@PYTHON='$(PYTHON)' packaging/setup
+
+demo: setup ## Build an image, mount it with the kernel's EROFS and run Python from it (needs root)
+	@$(VENV)/bin/python examples/demo.py $(ARGS)
+
+test: setup ## Run the whole test suite, lint and types included (mounts need root); ARGS="-k name" for a part
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: setup ## Run the linters, the type checker and the import contracts only
+	@$(VENV)/bin/python -m pytest -q tests/test_lint.py $(ARGS)
+
+bench: setup ## Run every benchmark (makes a 2 GB image the first time); ARGS=--quick for a smoke run
+	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/bin/python "$$script" $(ARGS) || exit; done
+
+clean: ## Unmount what was left mounted, remove .cache, .venv and tool caches
+	@packaging/clean

@@ -1,0 +1,69 @@
+"""Fixtures every part's tests share: real images, an independent unpacker's opinion of them, a store, root."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import imagemaker
+
+
+@pytest.fixture(scope="session")
+def demo_image() -> imagemaker.Image:
+    """The demo image: Debian 12, PyPI packages and a small application, an OCI layout with three gzip layers.
+
+    ``demo_image.reference`` goes behind ``oci:``; ``.layout`` is the directory, ``.tag`` its one tag.
+    """
+    return imagemaker.demo_image()
+
+
+@pytest.fixture(scope="session")
+def umoci_unpacked(demo_image: imagemaker.Image) -> Path:
+    """The demo image's root file system as ``umoci unpack`` lays it out, owners and xattrs included. Read only!
+
+    Kept beside the image in the cache: the unpacker is not ours, so its answer does not change with our code.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("unpacking with owners and devices needs root")
+    place = imagemaker.CACHE / "unpacked" / demo_image.layout.name
+    place.parent.mkdir(exist_ok=True)
+    with open(imagemaker.CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            work = place.with_name(place.name + ".part")
+            shutil.rmtree(work, ignore_errors=True)
+            imagemaker.run_tool("umoci", "unpack", "--image", demo_image.reference, str(work))
+            os.rename(work, place)
+    return place / "rootfs"
+
+
+@pytest.fixture(scope="session")
+def require_root() -> None:
+    """Skips where the test cannot mount; on a CI machine that is a failure, not a skip."""
+    if os.geteuid() != 0:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs root")
+
+
+@pytest.fixture
+def store_dir(tmp_path: Path) -> Path:
+    """Where a test's own store goes; it does not exist yet."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def mount_point(tmp_path: Path, require_root: None) -> Iterator[Path]:
+    """An empty directory to mount on. Whatever is still mounted there afterwards is unmounted, lazily."""
+    target = tmp_path / "mnt"
+    target.mkdir()
+    yield target
+    while os.path.ismount(target):
+        subprocess.run(["umount", "--lazy", str(target)], check=True)

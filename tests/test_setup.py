@@ -1,0 +1,102 @@
+"""The Makefile and the set-up script do what they say, without a terminal, twice."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=REPOSITORY,
+        env={**inherited, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def no_apt(tmp_path):
+    """A PATH on which apt-get, sudo and pip's way to the network do nothing but tell on whoever calls them."""
+    tripwires = tmp_path / "bin"
+    tripwires.mkdir()
+    log = tmp_path / "called"
+    for name in ("apt-get", "sudo", "systemctl"):
+        (tripwires / name).write_text(f'#!/bin/sh\necho "{name} $*" >> {log}\nexit 1\n')
+        (tripwires / name).chmod(0o755)
+    return {"PATH": f"{tripwires}:{os.environ['PATH']}"}, log
+
+
+def test_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(r"^  make ([a-z-]+) +\S", make("help").stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(phony[1].split())
+
+
+def test_second_setup_installs_nothing(no_apt):
+    environment, log = no_apt
+    if not (REPOSITORY / ".venv/.setup-stamp").exists():
+        pytest.skip("this tree was not set up with make setup")
+    before = (REPOSITORY / ".venv/.setup-stamp").stat().st_mtime_ns
+    started = time.monotonic()
+    result = make("setup", **environment)
+    took = time.monotonic() - started
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout, result.stderr) == ("", "")
+    assert not log.exists(), log.read_text()
+    assert (REPOSITORY / ".venv/.setup-stamp").stat().st_mtime_ns == before
+    assert took < 10  # a fifth of a second on an idle machine
+
+
+def test_setup_says_what_is_missing_when_it_cannot_install(no_apt, tmp_path):
+    """A tool that is not there is installed with apt-get; failing is retried, reported, and leaves no policy."""
+    environment, log = no_apt
+    if os.geteuid() != 0:
+        pytest.skip("a plain user's way to apt-get is sudo")
+    # A PATH that has everything but umoci.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for directory in os.environ["PATH"].split(":"):
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
+            if name != "umoci" and not (tools / name).exists():
+                (tools / name).symlink_to(os.path.join(directory, name))
+    (tools / "sleep").unlink()
+    (tools / "sleep").symlink_to("/bin/true")
+    path = f"{environment['PATH'].split(':')[0]}:{tools}"
+    policy = Path("/usr/sbin/policy-rc.d")
+    before = policy.read_bytes() if policy.exists() else None
+
+    result = make("setup", PATH=path)
+
+    assert result.returncode != 0
+    assert "setup: installing umoci\n" in result.stderr
+    assert log.read_text().count("install umoci\n") == 3
+    assert (policy.read_bytes() if policy.exists() else None) == before
+    assert not Path("/usr/sbin/policy-rc.d.before-erofsgen").exists()
+
+
+def test_setup_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 1;; *--version*) echo Python 3.9.2;; esac\nexit 0\n')
+    old.chmod(0o755)
+    result = make("setup", f"PYTHON={old}")
+    assert result.returncode != 0
+    assert "Python 3.9.2 is too old, 3.11 or newer is needed" in result.stderr
+
+
+def test_ci_runs_the_whole_suite():
+    script = (REPOSITORY / ".ci/run").read_text()
+    assert os.access(REPOSITORY / ".ci/run", os.X_OK)
+    assert re.search(r"^exec make .*\btest\b", script, re.MULTILINE)
+    recipe = make("--dry-run", "test").stdout
+    assert re.search(r"python -m pytest\s*$", recipe), "make test must not leave any test out"
