@@ -89,7 +89,7 @@ class Image:
         if not layers or layers[0].media_type != INDEX_TYPE:
             raise FormatError(f"{name}: not an erofsgen image", hint="convert it with `erofsgen build`")
         self.index_descriptor = layers[0]
-        self.packs = tuple(_pack(name, slot, layer) for slot, layer in enumerate(layers[1:], 1))
+        self.packs = tuple(pack_from_descriptor(layer, slot, of=name) for slot, layer in enumerate(layers[1:], 1))
         self._readers: dict[int, PackReader] = {}
 
     @classmethod
@@ -197,20 +197,21 @@ def pack_descriptor(digest: str, size: int, *, raw: bool, device_size: int, toc:
     return Descriptor(RAW_PACK_TYPE if raw else ZSTD_PACK_TYPE, digest, size, annotations)
 
 
-def _pack(name: str, slot: int, layer: Descriptor) -> Pack:
+def pack_from_descriptor(layer: Descriptor, slot: int = 0, *, of: str = "pack") -> Pack:
+    """The pack that a descriptor names, in device ``slot`` where it has one. Raises FormatError naming ``of``."""
     if layer.media_type not in (ZSTD_PACK_TYPE, RAW_PACK_TYPE):
-        raise FormatError(f"{name}: layer {slot} has the unknown media type {layer.media_type!r}")
+        raise FormatError(f"{of}: blob {layer.digest} has the unknown media type {layer.media_type!r}")
     digest = layer.annotations.get(TOC_DIGEST, "")
     if not digest.startswith("blake3:"):
-        raise FormatError(f"{name}: pack {layer.digest}: no usable {TOC_DIGEST} annotation")
+        raise FormatError(f"{of}: pack {layer.digest}: no usable {TOC_DIGEST} annotation")
     toc = TocLocation(
-        _number(name, layer, TOC_OFFSET, layer.size),
-        _number(name, layer, TOC_SIZE, layer.size),
+        _number(of, layer, TOC_OFFSET, layer.size),
+        _number(of, layer, TOC_SIZE, layer.size),
         digest.removeprefix("blake3:"),
     )
     if toc.offset + toc.size != layer.size:
-        raise FormatError(f"{name}: pack {layer.digest}: the table of contents does not end with the pack")
-    device_size = _number(name, layer, DEVICE_SIZE, 1 << 32)
+        raise FormatError(f"{of}: pack {layer.digest}: the table of contents does not end with the pack")
+    device_size = _number(of, layer, DEVICE_SIZE, 1 << 32)
     return Pack(slot, layer.digest, layer.size, layer.media_type == RAW_PACK_TYPE, device_size, toc)
 
 

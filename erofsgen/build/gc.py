@@ -1,0 +1,71 @@
+"""Garbage collection of a store: whatever no named image reaches is deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import msgspec
+
+from erofsgen.build.dictionary import Dictionary
+from erofsgen.build.record import record_packs
+from erofsgen.progress import SILENT, Progress
+from erofsgen.store.directory import DirectoryStore
+from erofsgen.store.image import Image
+
+
+class GcResult(msgspec.Struct, frozen=True):
+    """What was deleted, or would be in a dry run. ``bytes`` counts the blobs' stored sizes."""
+
+    blobs: int
+    bytes: int
+    layer_records: int
+    kept_blobs: int
+    kept_bytes: int
+    dry_run: bool
+
+
+def collect(store: DirectoryStore, *, dry_run: bool = False, progress: Progress = SILENT) -> GcResult:
+    """Delete blobs that no reference reaches, layer records that need a deleted pack, and dictionary entries of both.
+
+    Raises BusyError while a build runs, and FormatError or IntegrityError for an image whose manifest cannot be read:
+    then nothing is deleted, because what that image needs is unknown.
+    """
+    with store.collecting(), progress.task("collecting garbage"):
+        reached = _reached(store)
+        blobs = dict(store.blobs())
+        garbage = blobs.keys() - reached
+        stale = [key for key in store.records() if _stale(store, key, garbage)]
+        if not dry_run:
+            for key in stale:  # first: a record that outlived its packs would be found useless later, one by one
+                store.delete_record(key)
+            for digest in garbage:
+                store.delete(digest)
+            dictionary = Dictionary(store.dictionary, store)
+            try:
+                dictionary.prune()
+            finally:
+                dictionary.close()
+        freed = sum(blobs[digest] for digest in garbage)
+        return GcResult(
+            blobs=len(garbage),
+            bytes=freed,
+            layer_records=len(stale),
+            kept_blobs=len(blobs) - len(garbage),
+            kept_bytes=sum(blobs.values()) - freed,
+            dry_run=dry_run,
+        )
+
+
+def _reached(store: DirectoryStore) -> set[str]:
+    reached = set()
+    for name, descriptor in store.references().items():
+        image = Image(store, name, descriptor)
+        reached.add(descriptor.digest)
+        reached.add(image.manifest.config.digest)
+        reached.update(layer.digest for layer in image.manifest.layers)
+    return reached
+
+
+def _stale(store: DirectoryStore, key: str, gone: Set[str]) -> bool:
+    packs = record_packs(store, key)
+    return packs is None or any(pack.digest in gone for pack in packs)
