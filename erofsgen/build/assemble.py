@@ -22,7 +22,8 @@ from erofsgen.oci.layer import Entry
 from erofsgen.oci.merge import Merger
 from erofsgen.pack.reader import PackReader
 from erofsgen.store.base import Descriptor, Store
-from erofsgen.store.image import (
+from erofsgen.store.image import open_pack
+from erofsgen.store.manifest import (
     ARTIFACT_TYPE,
     CHUNK_SIZE,
     DEVICE_SIZE,
@@ -30,7 +31,6 @@ from erofsgen.store.image import (
     INDEX_TYPE,
     MANIFEST_TYPE,
     Manifest,
-    open_pack,
     pack_from_descriptor,
 )
 

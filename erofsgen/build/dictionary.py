@@ -29,7 +29,8 @@ import numpy as np
 from erofsgen.errors import ErofsgenError, StorageError
 from erofsgen.pack.toc import read_dictionary
 from erofsgen.store.base import Descriptor, Store
-from erofsgen.store.image import Image, Pack, open_pack, pack_descriptor
+from erofsgen.store.image import Image, open_pack
+from erofsgen.store.manifest import Pack, pack_descriptor
 
 _MAP_SIZE: Final = 1 << 38
 """Address space reserved for the database; disk is used as it grows."""

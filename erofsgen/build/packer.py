@@ -26,7 +26,7 @@ from blake3 import blake3
 from erofsgen.pack import format as fmt
 from erofsgen.pack.writer import PackWriter
 from erofsgen.store.base import BlobWriter, Descriptor, Store
-from erofsgen.store.image import pack_descriptor
+from erofsgen.store.manifest import pack_descriptor
 
 FRAME_SIZE: Final = 1 << 20
 """Device bytes of a full frame; a larger chunk size makes larger frames."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -19,57 +18,10 @@ from erofsgen.erofs.reader import Index, Node
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
 from erofsgen.pack.reader import PackReader
 from erofsgen.pack.toc import Toc
-from erofsgen.pack.writer import TocLocation
 from erofsgen.store.base import Descriptor, Store
+from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
 
-MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
-ARTIFACT_TYPE: Final = "application/vnd.erofsgen.image.v1"
-INDEX_TYPE: Final = "application/vnd.erofsgen.index.v1.erofs+zstd"
-ZSTD_PACK_TYPE: Final = "application/vnd.erofsgen.pack.v1+zstd"
-RAW_PACK_TYPE: Final = "application/vnd.erofsgen.pack.v1"
-
-TOC_DIGEST: Final = "org.erofsgen.toc.digest"
-"""On a pack's descriptor: BLAKE3 of the TOC's bytes, ``blake3:…``."""
-TOC_OFFSET: Final = "org.erofsgen.toc.offset"
-TOC_SIZE: Final = "org.erofsgen.toc.size"
-DEVICE_SIZE: Final = "org.erofsgen.device.size"
-"""On a pack's descriptor: bytes of its device address space."""
-INDEX_SIZE: Final = "org.erofsgen.index.size"
-"""On the index's descriptor: bytes of the EROFS image, uncompressed."""
-CHUNK_SIZE: Final = "org.erofsgen.chunk.size"
-"""On the manifest: the chunk size it was built with."""
-
-_MANIFEST_LIMIT: Final = 64 << 20
 _INDEX_LIMIT: Final = 16 << 30
-
-
-class Manifest(msgspec.Struct, rename="camel", omit_defaults=True):
-    """The OCI image manifest of an erofsgen image. ``layers[0]`` is the index, the rest packs in device-slot order."""
-
-    schema_version: int
-    media_type: str
-    config: Descriptor
-    layers: list[Descriptor]
-    artifact_type: str | None = None
-    subject: Descriptor | None = None
-    annotations: dict[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Pack:
-    """A pack as a manifest names it. ``slot`` counts from 1, as EROFS device ids do; ``device_size`` is in bytes."""
-
-    slot: int
-    digest: str
-    size: int
-    raw: bool
-    device_size: int
-    toc: TocLocation
-
-    @property
-    def hex(self) -> str:
-        """The digest without its algorithm: the device's tag and the name of its data file."""
-        return self.digest.removeprefix("sha256:")
 
 
 class Image:
@@ -80,7 +32,7 @@ class Image:
         self.name = name
         self.digest = descriptor.digest
         self.manifest_size = descriptor.size
-        data = read_blob(store, descriptor.digest, descriptor.size, limit=_MANIFEST_LIMIT)
+        data = read_blob(store, descriptor.digest, descriptor.size, limit=MANIFEST_LIMIT)
         try:
             self.manifest = msgspec.json.decode(data, type=Manifest)
         except msgspec.MsgspecError as error:
@@ -114,7 +66,7 @@ class Image:
     def config(self) -> dict[str, Any]:
         """The source image's config, decoded."""
         descriptor = self.manifest.config
-        data = read_blob(self.store, descriptor.digest, descriptor.size, limit=_MANIFEST_LIMIT)
+        data = read_blob(self.store, descriptor.digest, descriptor.size, limit=MANIFEST_LIMIT)
         try:
             return msgspec.json.decode(data, type=dict[str, Any])
         except msgspec.MsgspecError as error:
@@ -123,7 +75,7 @@ class Image:
     def index_bytes(self) -> bytes:
         """The EROFS image, decompressed and checked."""
         descriptor = self.index_descriptor
-        size = _number(self.name, descriptor, INDEX_SIZE, _INDEX_LIMIT)
+        size = number(self.name, descriptor, INDEX_SIZE, _INDEX_LIMIT)
         data = read_blob(self.store, descriptor.digest, descriptor.size, limit=_INDEX_LIMIT)
         try:
             claimed = zstandard.get_frame_parameters(data).content_size
@@ -184,39 +136,3 @@ def read_blob(store: Store, digest: str, size: int, *, limit: int) -> bytes:
             f"{store.url}: blob {digest} differs from its digest or length", hint="delete it and build the image again"
         )
     return data
-
-
-def pack_descriptor(digest: str, size: int, *, raw: bool, device_size: int, toc: TocLocation) -> Descriptor:
-    """How a manifest names a pack."""
-    annotations = {
-        DEVICE_SIZE: str(device_size),
-        TOC_DIGEST: f"blake3:{toc.digest}",
-        TOC_OFFSET: str(toc.offset),
-        TOC_SIZE: str(toc.size),
-    }
-    return Descriptor(RAW_PACK_TYPE if raw else ZSTD_PACK_TYPE, digest, size, annotations)
-
-
-def pack_from_descriptor(layer: Descriptor, slot: int = 0, *, of: str = "pack") -> Pack:
-    """The pack that a descriptor names, in device ``slot`` where it has one. Raises FormatError naming ``of``."""
-    if layer.media_type not in (ZSTD_PACK_TYPE, RAW_PACK_TYPE):
-        raise FormatError(f"{of}: blob {layer.digest} has the unknown media type {layer.media_type!r}")
-    digest = layer.annotations.get(TOC_DIGEST, "")
-    if not digest.startswith("blake3:"):
-        raise FormatError(f"{of}: pack {layer.digest}: no usable {TOC_DIGEST} annotation")
-    toc = TocLocation(
-        _number(of, layer, TOC_OFFSET, layer.size),
-        _number(of, layer, TOC_SIZE, layer.size),
-        digest.removeprefix("blake3:"),
-    )
-    if toc.offset + toc.size != layer.size:
-        raise FormatError(f"{of}: pack {layer.digest}: the table of contents does not end with the pack")
-    device_size = _number(of, layer, DEVICE_SIZE, 1 << 32)
-    return Pack(slot, layer.digest, layer.size, layer.media_type == RAW_PACK_TYPE, device_size, toc)
-
-
-def _number(name: str, layer: Descriptor, key: str, limit: int) -> int:
-    text = layer.annotations.get(key, "")
-    if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) > limit:
-        raise FormatError(f"{name}: blob {layer.digest}: no usable {key} annotation")
-    return int(text)
