@@ -1,0 +1,388 @@
+"""HTTP as a registry needs it: redirects that leak nothing, TLS per host, patience with limits.
+
+Only GET and POST, only bodies that are streamed. Failures come in two kinds: :class:`Transient` may be tried again,
+an :class:`~erofsgen.errors.ErofsgenError` may not.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import httpx
+import msgspec
+
+from erofsgen import __version__
+from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError
+from erofsgen.oci.reference import is_loopback
+
+CERTS_DIRS: tuple[Path, ...] = (
+    Path("~/.config/containers/certs.d"),
+    Path("/etc/containers/certs.d"),
+    Path("/etc/docker/certs.d"),
+)
+"""Where ``HOST[:PORT]/*.crt`` are a registry's authorities and ``*.cert`` with ``*.key`` are shown to it."""
+
+_REDIRECTS: Final = 10
+_REDIRECT_CODES: Final = frozenset({301, 302, 303, 307, 308})
+_ERROR_BODY: Final = 64 << 10
+_HEADERS: Final = {"User-Agent": f"erofsgen/{__version__}", "Accept-Encoding": "identity"}
+"""Identity: digests and ranges are about a blob's own bytes, and a bomb must not unfold in here."""
+
+E = TypeVar("E", bound=BaseException)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient the client is. Times in seconds."""
+
+    parallel: int = 4
+    """Layers downloaded at the same time."""
+    attempts: int = 6
+    """Failures in a row, without progress in between, that end a request."""
+    backoff: float = 0.5
+    """Pause after the first failure; doubled for each one more, with jitter."""
+    max_backoff: float = 20.0
+    max_retry_after: float = 120.0
+    """A server that asks for a longer pause is reported instead."""
+    connect_timeout: float = 10.0
+    read_timeout: float = 30.0
+    """Silence that breaks a connection."""
+    document_timeout: float = 60.0
+    """For the whole of a manifest, a config or a token."""
+    min_rate: int = 1024
+    """Bytes per second, averaged over ``read_timeout``, below which a connection is broken."""
+
+
+class _ErrorEntry(msgspec.Struct):
+    message: str | None = None
+
+
+class _Errors(msgspec.Struct):
+    """The body of a registry's error, after the OCI distribution specification."""
+
+    errors: list[_ErrorEntry] = []
+
+
+class Transient(Exception):  # noqa: N818  (it is a wrapped error, never shown itself)
+    """A failure that may pass. ``error`` is what to raise once patience is at an end."""
+
+    def __init__(self, error: RemoteError, retry_after: float | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry_after = retry_after
+
+
+class Patience:
+    """Counts the failures of one operation and sleeps between its attempts."""
+
+    def __init__(self, policy: Policy, stop: threading.Event) -> None:
+        self._policy = policy
+        self._stop = stop
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """What failed before counts no more."""
+        self._failures = 0
+
+    def pause(self, failure: Transient) -> None:
+        """Sleep before the next attempt.
+
+        Raises RemoteError (patience is at an end, or the server asks for a pause too long, or the client was closed).
+        """
+        self._failures += 1
+        wait = failure.retry_after
+        if wait is not None and wait > self._policy.max_retry_after:
+            raise RemoteError(str(failure.error), hint=f"the server asks to wait {wait:.0f} s") from failure
+        if self._failures >= self._policy.attempts:
+            raise failure.error from failure
+        if wait is None:
+            wait = min(self._policy.backoff * 2 ** (self._failures - 1), self._policy.max_backoff)
+            wait *= random.uniform(0.5, 1.0)  # so that many hosts do not come back at once
+        if self._stop.wait(wait):
+            raise RemoteError("the download was given up") from failure
+
+
+class HttpClient:
+    """Streams GET and POST responses for one registry and the hosts it sends us to. Thread-safe.
+
+    TLS is verified with the system's authorities, and ``certs.d`` for the registry itself. Proxies come from the
+    environment, but never for this machine.
+    """
+
+    def __init__(self, registry: str, *, tls_verify: bool = True, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self.stop = threading.Event()
+        self._registry = registry
+        self._tls_verify = tls_verify
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[bool, bool], httpx.Client] = {}
+        self._open: set[httpx.Response] = set()
+
+    def may_use(self, url: httpx.URL) -> bool:
+        """Whether a secret may travel to ``url``: over TLS, within this machine, or the user gave up on TLS."""
+        return url.scheme == "https" or (
+            url.scheme == "http" and (not self._tls_verify or is_loopback(_host_port(url)))
+        )
+
+    @contextmanager
+    def stream(
+        self, method: str, url: str | httpx.URL, headers: Mapping[str, str], *, form: Mapping[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        """The response to one request, of any status but a redirect, its body not yet read.
+
+        ``Authorization`` does not follow a redirect to another scheme, host or port. Raises Transient, RemoteError.
+        """
+        target = httpx.URL(url)
+        sent = dict(headers)
+        for _ in range(_REDIRECTS):
+            with self._send(method, target, sent, form) as response:
+                location = response.headers.get("Location")
+                if response.status_code not in _REDIRECT_CODES or not location:
+                    yield response
+                    return
+            following = self._join(target, location)
+            if origin(following) != origin(target):
+                sent.pop("Authorization", None)
+            target, method, form = following, "GET", None
+        raise RemoteError(f"{_origin_text(httpx.URL(url))} redirects more than {_REDIRECTS} times")
+
+    def body(self, response: httpx.Response, limit: int, what: str) -> bytes:
+        """A whole body of at most ``limit`` bytes.
+
+        Raises Transient (too slow), RemoteError (longer, or compressed unasked).
+        """
+        where = _origin_text(response.url)
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise RemoteError(f"{where} compressed {what}, which was not asked for")
+        data = bytearray()
+        deadline = time.monotonic() + self.policy.document_timeout
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) > limit:
+                raise RemoteError(f"{where} sent more than {limit} bytes as {what}")
+            if time.monotonic() > deadline:
+                raise Transient(RemoteError(f"{where} is too slow with {what}"))
+        return bytes(data)
+
+    def pieces(self, response: httpx.Response) -> Iterator[bytes]:
+        """A long body as it comes. Raises Transient (slower than the policy's ``min_rate``)."""
+        began, received = time.monotonic(), 0
+        for piece in response.iter_raw():
+            yield piece
+            received += len(piece)
+            elapsed = time.monotonic() - began
+            if elapsed > self.policy.read_timeout:
+                if received < elapsed * self.policy.min_rate:
+                    raise Transient(
+                        RemoteError(f"{_origin_text(response.url)} is too slow: {received} bytes in {elapsed:.0f} s")
+                    )
+                began, received = time.monotonic(), 0
+
+    def close(self) -> None:
+        """Break what is running and close all connections."""
+        self.stop.set()
+        with self._lock:
+            running = list(self._open)
+        for response in running:
+            stream = response.extensions.get("network_stream")
+            connection = stream.get_extra_info("socket") if stream else None
+            if connection is not None:
+                with suppress(
+                    OSError
+                ):  # wakes a thread that waits for bytes; TLS's own shutdown is not safe to call here
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    def dispose(self) -> None:
+        """Free the connections, once no thread uses them any more."""
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.close()
+
+    @contextmanager
+    def _send(
+        self, method: str, url: httpx.URL, headers: Mapping[str, str], form: Mapping[str, str] | None
+    ) -> Iterator[httpx.Response]:
+        where = _origin_text(url)
+        with _translated(where):
+            if self.stop.is_set():
+                raise RemoteError(f"the request to {where} was given up")
+            client = self._client(url)
+            response = client.send(client.build_request(method, url, headers=headers, data=form), stream=True)
+        with self._lock:
+            self._open.add(response)
+        try:
+            with _translated(where):
+                yield response
+        finally:
+            with self._lock:
+                self._open.discard(response)
+            response.close()
+
+    def _client(self, url: httpx.URL) -> httpx.Client:
+        own = _host_port(url) == self._registry.lower().removesuffix(":443")
+        local = is_loopback(_host_port(url))
+        with self._lock:
+            if (own, local) not in self._clients:
+                policy = self.policy
+                self._clients[own, local] = httpx.Client(
+                    headers=_HEADERS,
+                    verify=_tls_context(self._registry if own else None, verify=self._tls_verify),
+                    timeout=httpx.Timeout(policy.read_timeout, connect=policy.connect_timeout, pool=None),
+                    limits=httpx.Limits(max_connections=None),
+                    trust_env=not local,
+                )
+            return self._clients[own, local]
+
+    def _join(self, base: httpx.URL, location: str) -> httpx.URL:
+        where = _origin_text(base)
+        try:
+            url = base.join(location)
+        except httpx.InvalidURL as error:
+            raise RemoteError(f"{where} redirects to {printable(location)!a}, which is no URL") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise RemoteError(f"{where} redirects to {printable(str(url))!a}, which is not HTTP")
+        if base.scheme == "https" and url.scheme == "http" and not self.may_use(url):
+            raise RemoteError(f"{where} redirects from HTTPS to plain HTTP at {_origin_text(url)}")
+        return url
+
+
+def read_error(response: httpx.Response) -> str:
+    """The start of an error's body, as text. Never raises: the status is what counts."""
+    data = bytearray()
+    with suppress(httpx.HTTPError):
+        for piece in response.iter_raw():
+            data += piece
+            if len(data) >= _ERROR_BODY:
+                break
+    return bytes(data[:_ERROR_BODY]).decode("utf-8", "replace")
+
+
+def failure(response: httpx.Response, what: str, body: str) -> ErofsgenError | Transient:
+    """What to raise for a response that is no success: ``what`` was asked for, ``body`` is :func:`read_error`'s."""
+    where, status = _origin_text(response.url), response.status_code
+    try:
+        said = msgspec.json.decode(body, type=_Errors).errors[0].message or ""
+    except (msgspec.MsgspecError, RecursionError, IndexError):
+        said = ""
+    detail = f": {printable(said)}" if said else ""
+    if status in (404, 410):
+        return NotFoundError(f"{where} has no {what}{detail}")
+    if status == 429:
+        hint = "wait, or log in for a higher limit"
+        return Transient(RemoteError(f"{where} limits our rate for {what}{detail}", hint=hint), retry_after(response))
+    error = RemoteError(
+        f"{where} answered {status} for {what}{detail}", hint="try again later" if status >= 500 else None
+    )
+    return Transient(error, retry_after(response)) if status >= 500 or status in (408, 425) else error
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds a server asks us to wait, None where it does not."""
+    value = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", value, re.ASCII):
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """A server's words made fit for a terminal and for one line."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * limit]).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    """What httpx raises, in this project's words."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        late = "connection" if isinstance(error, httpx.ConnectTimeout) else "answer"
+        raise Transient(RemoteError(f"no {late} from {where} in time", hint="check the network and proxies")) from error
+    except httpx.UnsupportedProtocol as error:
+        raise RemoteError(f"cannot reach {where}: {error}") from error
+    except httpx.TransportError as error:
+        raise _unreachable(where, error) from error
+    except (httpx.InvalidURL, httpx.HTTPError, httpx.StreamError) as error:
+        raise RemoteError(f"cannot reach {where}: {printable(str(error))}") from error
+
+
+def _unreachable(where: str, error: httpx.TransportError) -> RemoteError | Transient:
+    certificate = _cause(error, ssl.SSLCertVerificationError)
+    if certificate:
+        return RemoteError(
+            f"the certificate of {where} is not trusted: {certificate.verify_message}",
+            hint=f"put its authority into {CERTS_DIRS[1]}/HOST[:PORT]/ca.crt, or turn off verification",
+        )
+    name = _cause(error, socket.gaierror)
+    if name and name.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+        return RemoteError(f"the name of {where} cannot be resolved", hint="check the spelling and the network")
+    refused = _cause(error, OSError)
+    reason = refused.strerror if refused and refused.strerror else printable(str(error)) or type(error).__name__
+    return Transient(RemoteError(f"cannot reach {where}: {reason}", hint="check the network and proxies"))
+
+
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    while error is not None:
+        if isinstance(error, kind):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    """Scheme, host and port: what a secret is bound to."""
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _host_port(url: httpx.URL) -> str:
+    return url.netloc.decode("ascii", "replace")
+
+
+def _origin_text(url: httpx.URL) -> str:
+    """Where a request went, without its path: signed URLs carry secrets there."""
+    return printable(_host_port(url))
+
+
+def _tls_context(registry: str | None, *, verify: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    paths = ssl.get_default_verify_paths()
+    if not paths.cafile and not (paths.capath and os.listdir(paths.capath)):
+        import certifi  # a system without authorities of its own, such as a bare container
+
+        context.load_verify_locations(certifi.where())
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    for directory in CERTS_DIRS if registry else ():
+        _load_certs(context, directory.expanduser() / str(registry))
+    return context
+
+
+def _load_certs(context: ssl.SSLContext, directory: Path) -> None:
+    try:
+        names = sorted(os.listdir(directory))
+        for name in names:
+            if name.endswith(".crt"):
+                context.load_verify_locations(directory / name)
+            elif name.endswith(".cert"):
+                context.load_cert_chain(directory / name, directory / f"{name[:-5]}.key")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise RemoteError(f"cannot load the certificates in {directory}: {error.strerror or error}") from error
