@@ -5,6 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
+BENCHES := $(filter-out bench/images.py bench/measure.py,$(wildcard bench/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean
@@ -25,7 +26,7 @@ lint: setup ## Run the linters, the type checker and the import contracts only
 	@$(VENV)/bin/python -m pytest -q tests/test_lint.py $(ARGS)
 
 bench: setup ## Run every benchmark (makes a 2 GB image the first time); ARGS=--quick for a smoke run
-	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/bin/python "$$script" $(ARGS) || exit; done
+	@for script in $(BENCHES); do $(VENV)/bin/python "$$script" $(ARGS) || exit; done
 
 clean: ## Unmount what was left mounted, remove .cache, .venv and tool caches
 	@packaging/clean

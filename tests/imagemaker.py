@@ -454,9 +454,13 @@ def application_entries(version: int, payload: int) -> Iterator[tuple[tarfile.Ta
 DEMO_REQUIREMENTS = ("numpy", "requests")
 
 
+def demo_layers() -> list[Recipe]:
+    return [debian(), pypi("demo", *DEMO_REQUIREMENTS), application()]
+
+
 def demo_image() -> Image:
     """Debian 12 with Python, numpy and requests under a small application: about 300 MB in three gzip layers."""
-    return make_image("demo", [debian(), pypi("demo", *DEMO_REQUIREMENTS), application()])
+    return make_image("demo", demo_layers())
 
 
 if __name__ == "__main__":

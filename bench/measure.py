@@ -1,0 +1,184 @@
+"""Running a command and knowing what it cost: wall time, CPU time, peak memory of its whole process tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SAMPLE_SECONDS = 0.02
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``seconds`` of wall time, ``cpu`` seconds of all its processes, ``peak`` bytes, what it printed."""
+
+    seconds: float
+    cpu: float
+    peak: int
+    output: str
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> Run:
+    """Run a command to its end.
+
+    ``peak`` is the most that the resident sets of the command and its descendants added up to at one time, seen every
+    20 ms, and at least the largest resident set the kernel saw in any one of them. Pages they share count twice.
+
+    Raises SystemExit with what the command printed if it fails.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd)
+        done = threading.Event()
+        peaks = [0]
+
+        def sample() -> None:
+            while not done.wait(SAMPLE_SECONDS):
+                peaks[0] = max(peaks[0], _tree_rss(process.pid))
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        done.set()
+        sampler.join()
+        out.seek(0)
+        err.seek(0)
+        output = out.read().decode(errors="replace")
+        if process.returncode:
+            sys.stderr.write(output + err.read().decode(errors="replace"))
+            raise SystemExit(f"bench: {' '.join(map(str, command))}: exit code {process.returncode}")
+    return Run(
+        seconds=seconds,
+        cpu=usage.ru_utime + usage.ru_stime,
+        peak=max(peaks[0], usage.ru_maxrss * 1024),
+        output=output,
+    )
+
+
+def _tree_rss(pid: int) -> int:
+    """Resident bytes of a process and its descendants; 0 for what has gone meanwhile."""
+    try:
+        with open(f"/proc/{pid}/statm") as statm:
+            total = int(statm.read().split()[1]) * _PAGE
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as children:
+                total += sum(_tree_rss(int(child)) for child in children.read().split())
+    except OSError:
+        return 0
+    return total
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs of the same command."""
+
+    runs: Sequence[Run]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def cpu(self) -> float:
+        return statistics.median(run.cpu for run in self.runs)
+
+    @property
+    def peak(self) -> int:
+        return max(run.peak for run in self.runs)
+
+    @property
+    def spread(self) -> str:
+        return f"{min(run.seconds for run in self.runs):.2f} - {max(run.seconds for run in self.runs):.2f}"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that has to be at most ``target``."""
+
+    goal: str
+    value: float
+    target: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.target
+
+    def json(self) -> str:
+        value = float(f"{self.value:.4g}")
+        return json.dumps({"goal": self.goal, "value": value, "target": self.target, "met": self.met})
+
+
+def print_goals(goals: Iterable[Goal], *, as_json: bool) -> None:
+    """One JSON object a line, or a table."""
+    if as_json:
+        for goal in goals:
+            print(goal.json(), flush=True)
+        return
+    table = Table("goal", "value", "target", "met", title="goals")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for goal in goals:
+        table.add_row(goal.goal, f"{goal.value:.4g}", f"≤ {goal.target:g}", "[green]yes" if goal.met else "[red]no")
+    Console().print(table)
+
+
+def print_series(title: str, rows: dict[str, Series], *, as_json: bool) -> None:
+    """The runs behind the goals; on standard error with ``--json``."""
+    table = Table("command", "runs", "median s", "min - max s", "CPU s", "peak MiB", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, series in rows.items():
+        table.add_row(
+            name,
+            str(len(series.runs)),
+            f"{series.seconds:.2f}",
+            series.spread,
+            f"{series.cpu:.2f}",
+            f"{series.peak / 2**20:.0f}",
+        )
+    Console(stderr=as_json).print(table)
+
+
+def machine() -> str:
+    """This machine in one line."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    memory = os.sysconf("SC_PHYS_PAGES") * _PAGE / 2**30
+    return (
+        f"{os.cpu_count()} x {model}, {memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"
+    )
+
+
+def read_through(*places: Path) -> None:
+    """Bring files, and all files below directories, into the page cache."""
+    buffer = bytearray(1 << 20)
+    for place in places:
+        files = [place] if place.is_file() else (Path(top, name) for top, _, names in os.walk(place) for name in names)
+        for path in files:
+            if path.is_file() and not path.is_symlink():
+                with open(path, "rb", buffering=0) as file:
+                    while file.readinto(buffer):
+                        pass
