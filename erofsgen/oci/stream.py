@@ -173,7 +173,7 @@ class BlockStream:
             self._hashed_already = start is None and self._digest == self._diff_id
             while not self._stop.is_set():
                 # numpy leaves the memory uninitialised: clearing 2 MiB only to overwrite it is measurable
-                block = memoryview(np.empty(BLOCK_SIZE, np.uint8))
+                block = np.empty(BLOCK_SIZE, np.uint8).data
                 filled = 0
                 while filled < BLOCK_SIZE and (count := reader.readinto(block[filled:] if filled else block)):
                     filled += count
