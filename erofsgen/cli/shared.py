@@ -1,0 +1,164 @@
+"""What every verb shares: its settings, the options that set them, and how it opens a store and images.
+
+A verb is a function decorated with :func:`verb`; it gets the :class:`Settings` first, then its own arguments. Shared
+options may stand before or behind the verb; behind wins. Importing this module must stay cheap: the libraries that do
+the work are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from erofsgen.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from erofsgen.progress import Progress
+    from erofsgen.store.directory import DirectoryStore
+    from erofsgen.store.image import Image
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SUFFIXES: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class Settings:
+    """What the shared options and the environment say. Paths are absolute or relative to the working directory."""
+
+    def __init__(self) -> None:
+        home = _data_home()
+        self.store: str = os.environ.get("EROFSGEN_STORE") or str(home / "store")
+        self.root: Path = Path(os.environ.get("EROFSGEN_ROOT") or home)
+        self.debug = False
+        self.quiet = False
+        self.json = False
+
+    def open_store(self, *, create: bool = False) -> DirectoryStore:
+        """The store. Raises NotFoundError where there is none and ``create`` is not set, StorageError."""
+        from erofsgen.store.directory import DirectoryStore
+
+        scheme, separator, _ = self.store.partition("://")
+        if separator:
+            raise UnsupportedError(f"{self.store}: {scheme} stores are not in this version", hint="name a directory")
+        return DirectoryStore(self.store, create=create)
+
+    def open_image(self, name: str) -> Image:
+        """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""
+        from erofsgen.store.image import Image
+
+        return Image.open(self.open_store(), name)
+
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Where work shows how far it is: bars on a terminal, lines elsewhere, nothing with ``--quiet``."""
+        from erofsgen.cli import progress
+
+        return progress.reporter(sys.stderr, quiet=self.quiet)
+
+
+def _data_home() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/erofsgen")
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(home) / "erofsgen"
+
+
+class Verb(click.Command):
+    """A command whose on/off options also take a value: ``--tls-verify=false`` means ``--no-tls-verify``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        switches = {
+            on: parameter.secondary_opts[0]
+            for parameter in self.get_params(ctx)
+            if parameter.secondary_opts
+            for on in parameter.opts
+        }
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*(_switch(arg, switches) for arg in args[:end]), *args[end:]])
+
+
+def _switch(argument: str, switches: dict[str, str]) -> str:
+    option, equals, value = argument.partition("=")
+    if not equals or option not in switches:
+        return argument
+    if value.lower() in ("true", "1"):
+        return option
+    if value.lower() in ("false", "0"):
+        return switches[option]
+    raise UsageError(f"{option} is true or false, not {value!r}")
+
+
+def verb(*, json: bool = False, name: str | None = None) -> Callable[[Callable[..., int | None]], click.Command]:
+    """Makes a function ``(settings, …)`` a command; it returns its exit code, None for 0.
+
+    ``json`` says that it prints facts and takes ``--json``.
+    """
+
+    def decorate(function: Callable[..., int | None]) -> click.Command:
+        command = click.command(name=name, cls=Verb)(click.pass_obj(function))
+        command.params.extend(shared_options(json=json))
+        return command
+
+    return decorate
+
+
+def shared_options(*, json: bool) -> list[click.Parameter]:
+    """The options that set :class:`Settings`, for the program and for every verb."""
+    options: list[click.Parameter] = [
+        _option(["--store"], metavar="STORE", help="Directory of the store. Environment: EROFSGEN_STORE."),
+        _option(["--root"], metavar="HOSTDIR", type=Path, help="Directory of host state. Environment: EROFSGEN_ROOT."),
+        _option(["--debug"], is_flag=True, help="Print a traceback with an error."),
+        _option(["--quiet", "-q"], is_flag=True, help="Print no progress."),
+    ]
+    if json:
+        options.append(_option(["--json"], is_flag=True, help="Print one JSON document."))
+    return options
+
+
+def _option(names: list[str], **attributes: Any) -> click.Option:  # noqa: ANN401  (click's)
+    return click.Option(names, expose_value=False, callback=_set, **attributes)
+
+
+def _set(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    if value is not None and value is not False and parameter.name:
+        setattr(ctx.find_object(Settings), parameter.name, value)
+
+
+def complete_image(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001
+    """The store's images that begin with what has been typed."""
+    from click.shell_completion import CompletionItem
+
+    from erofsgen.errors import ErofsgenError
+
+    try:
+        names: Sequence[str] = sorted((ctx.find_object(Settings) or Settings()).open_store().references())
+    except ErofsgenError:
+        names = ()
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def image_argument(name: str = "image", **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401  (click's)
+    """An argument that names an image of the store, completed by the shell."""
+    return click.argument(name, shell_complete=complete_image, **attributes)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: ``65536``, ``64K``, ``1M``, ``1MiB``; units are binary."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).upper().removesuffix("B").removesuffix("I")
+        number, suffix = (text[:-1], text[-1]) if text[-1:] in _SUFFIXES and text[-1:] else (text, "")
+        if not (number.isascii() and number.isdigit()) or len(number) > 18:
+            self.fail(f"{value!r} is not a size; write 65536, 64K or 1M", param, ctx)
+        return int(number) << _SUFFIXES[suffix]
