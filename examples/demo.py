@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import imagemaker
 
+REPOSITORY = imagemaker.REPOSITORY
 EROFSGEN = Path(sys.executable).with_name("erofsgen")
+ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": "/root", "LANG": "C.UTF-8"}
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -38,24 +40,27 @@ class Demo:
         self.root = work / "host"
         self.mount_point = work / "mnt"
         self.mount_point.mkdir()
+        self.options: list[str | Path] = ["--store", self.store, "--root", self.root]
         self.steps: list[tuple[str, str, float]] = []
 
     def erofsgen(self, *arguments: str) -> tuple[Any, float]:
         """Run a verb; what it reports, and the seconds it took."""
-        options = ["--store", str(self.store), "--root", str(self.root)]
-        console.print(f"[bold]$ erofsgen {shlex.join([*options, *arguments])}")
-        started = time.perf_counter()
-        result = subprocess.run(
-            [EROFSGEN, *options, *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        return json.loads(result.stdout), time.perf_counter() - started
+        result, seconds = self.run([EROFSGEN, *self.options, *arguments], "--json")
+        return json.loads(result), seconds
 
     def show(self, *arguments: str) -> None:
         """Run a verb for its printed answer."""
-        options = ["--store", str(self.store), "--root", str(self.root)]
-        console.print(f"[bold]$ erofsgen {shlex.join([*options, *arguments])}")
-        subprocess.run([EROFSGEN, *options, *arguments], check=True)
-        console.print()
+        console.print(escape(self.run([EROFSGEN, *self.options, *arguments])[0]))
+
+    def run(self, command: list[str | Path], *quietly: str) -> tuple[str, float]:
+        """Show a command and run it, with ``quietly`` behind it: what it printed, and the seconds it took."""
+        shown = shlex.join(map(str, command)).replace(f"{EROFSGEN.parent}/", "").replace(f"{REPOSITORY}/", "")
+        console.print(f"[bold]$ {escape(shown)}")
+        started = time.perf_counter()
+        result = subprocess.run(
+            [*command, *quietly], env=ENVIRONMENT, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return result.stdout, time.perf_counter() - started
 
     def step(self, what: str, result: str, seconds: float) -> None:
         self.steps.append((what, result, seconds))
@@ -69,7 +74,7 @@ class Demo:
         following = imagemaker.make_image("demo-2", [*imagemaker.demo_layers()[:-1], imagemaker.application(2)])
         self.step(
             "container image",
-            f"{len(image.layers)} gzip layers, {image.tar_size / 1e6:.0f} MB, {image.blob_size / 1e6:.0f} MB compressed",
+            f"{len(image.layers)} gzip layers of {image.tar_size / 1e6:.0f} MB, {image.blob_size / 1e6:.0f} MB stored",
             time.perf_counter() - started,
         )
         return image, following
@@ -85,22 +90,16 @@ class Demo:
         )
 
     def mount(self, name: str) -> None:
-        _, seconds = self.erofsgen("mount", name, str(self.mount_point), "--eager")
+        _, seconds = self.erofsgen("mount", name, os.fspath(self.mount_point), "--eager")
         fields = next(
             line.split() for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.mount_point) in line
         )
         self.step(f"mount {name}", f"file system type {fields[2]}, {fields[3].split(',')[0]}", seconds)
 
     def run_python(self) -> None:
-        command = ["chroot", str(self.mount_point), "/usr/bin/python3", "/opt/app/main.py"]
-        console.print(f"[bold]$ {shlex.join(command)}")
-        started = time.perf_counter()
-        result = subprocess.run(
-            command, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, stdout=subprocess.PIPE, text=True, check=True
-        )
-        seconds = time.perf_counter() - started
-        console.print(result.stdout)
-        self.step("Python from the mount", result.stdout.splitlines()[0], seconds)
+        output, seconds = self.run(["chroot", self.mount_point, "/usr/bin/python3", "/opt/app/main.py"])
+        console.print(escape(output))
+        self.step("Python from the mount", output.splitlines()[0], seconds)
 
     def read_everything(self) -> None:
         """Every byte through the kernel, which reads it from the packs."""
@@ -117,9 +116,8 @@ class Demo:
         self.step("read every file", f"{files:,} files, {total / 1e6:.0f} MB", time.perf_counter() - started)
 
     def unmount(self) -> None:
-        started = time.perf_counter()
-        subprocess.run([EROFSGEN, "--root", self.root, "umount", self.mount_point], check=True)
-        self.step("umount", "", time.perf_counter() - started)
+        _, seconds = self.run([EROFSGEN, *self.options, "umount", self.mount_point])
+        self.step("umount", "", seconds)
 
     def clean_up(self) -> None:
         """Nothing may stay mounted, whatever happened."""
@@ -137,7 +135,7 @@ class Demo:
 def main() -> None:
     if os.geteuid() != 0:
         sys.exit("demo: mounting needs root: sudo make demo")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     (REPOSITORY / ".cache").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=REPOSITORY / ".cache", prefix="demo-") as work:
         demo = Demo(Path(work))
