@@ -17,7 +17,7 @@ def command(settings: Settings, dry_run: bool) -> None:
     from erofsgen.build.gc import collect
     from erofsgen.cli import output
 
-    store = settings.open_store()
+    store = settings.open_store(change=True)
     with settings.progress() as progress:
         result = collect(store, dry_run=dry_run, progress=progress)
     if settings.json:

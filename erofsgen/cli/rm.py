@@ -15,7 +15,7 @@ def command(settings: Settings, images: tuple[str, ...]) -> None:
     from erofsgen.cli import output
     from erofsgen.store.inspect import tags
 
-    store = settings.open_store()
+    store = settings.open_store(change=True)
     names = list(dict.fromkeys(tag for image in images for tag in tags(store, image)))
     for name in names:
         store.untag(name)

@@ -41,14 +41,18 @@ class Settings:
         self.quiet = False
         self.json = False
 
-    def open_store(self, *, create: bool = False) -> DirectoryStore:
-        """The store. Raises NotFoundError where there is none and ``create`` is not set, StorageError."""
+    def open_store(self, *, create: bool = False, change: bool = False) -> DirectoryStore:
+        """The store. ``change`` readies an OCI layout that another tool has written for changes, too.
+
+        Raises NotFoundError where there is none and ``create`` is not set, StorageError.
+        """
         from erofsgen.store.directory import DirectoryStore
 
         scheme, separator, _ = self.store.partition("://")
         if separator:
             raise UnsupportedError(f"{self.store}: {scheme} stores are not in this version", hint="name a directory")
-        return DirectoryStore(self.store, create=create)
+        store = DirectoryStore(self.store, create=create)
+        return DirectoryStore(self.store) if change else store
 
     def open_image(self, name: str) -> Image:
         """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""
