@@ -23,6 +23,7 @@ from erofsgen.erofs.tree import Inode
 from erofsgen.errors import FormatError
 from erofsgen.oci.layer import LINK, OPAQUE, WHITEOUT, Entry
 from erofsgen.oci.names import show
+from erofsgen.oci.xattrs import suited
 
 MAX_LINKS: Final = 255
 """Most symlinks followed for one path, as in containerd."""
@@ -209,14 +210,12 @@ class _Layer:
             raise FormatError(f"{self._what}: {names}, which does not exist")
         if stat.S_ISDIR(inode.mode):
             raise FormatError(f"{self._what}: {names}, which is a directory")
-        xattrs = header.xattrs
         if not stat.S_ISLNK(inode.mode):
             inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(header.mode)
-        if not stat.S_ISREG(inode.mode):
-            xattrs = tuple(pair for pair in xattrs if not pair[0].startswith(b"user."))
         inode.uid, inode.gid, inode.mtime = header.uid, header.gid, header.mtime
-        if xattrs:
-            inode.xattrs = tuple(sorted({**dict(inode.xattrs), **dict(xattrs)}.items()))
+        if header.xattrs:
+            added = suited(header.xattrs, inode.mode)
+            inode.xattrs = tuple(sorted((dict(inode.xattrs) | dict(added)).items()))
         return inode
 
     def _find(self, entry: Entry, *, lower: bool) -> Inode | None:

@@ -9,6 +9,7 @@ import re
 from typing import Final
 
 from erofsgen.errors import FormatError
+from erofsgen.oci.xattrs import Xattrs, collect
 
 Records = dict[bytes, bytes]
 
@@ -71,28 +72,6 @@ def nanoseconds(value: bytes) -> int:
     return -total if sign else total
 
 
-def xattrs(records: Records) -> tuple[tuple[bytes, bytes], ...]:
-    """The extended attributes among ``records``, sorted by name.
-
-    Left out are names outside the namespaces Linux file systems store (macOS archives carry ``com.apple.*``), and
-    ``trusted.overlay.*``, which would be orders to overlayfs and not attributes of a file. Raises FormatError.
-    """
-    found = []
-    for key, value in records.items():
-        if key.startswith(XATTR) and storable(key[len(XATTR) :]):
-            name = key[len(XATTR) :]
-            if len(name) > 255 or len(value) > 65535:
-                raise FormatError(f"xattr {name[:80].decode('utf-8', 'backslashreplace')} is too long")
-            found.append((name, value))
-    found.sort()
-    return tuple(found)
-
-
-def storable(name: bytes) -> bool:
-    """Whether an extended attribute belongs to a file rather than to the machine it came from."""
-    namespace, dot, rest = name.partition(b".")
-    if namespace == b"system":
-        return rest in (b"posix_acl_access", b"posix_acl_default")
-    if namespace == b"trusted":
-        return bool(rest) and not rest.startswith(b"overlay.")
-    return bool(dot and rest) and namespace in (b"user", b"security")
+def xattrs(records: Records) -> Xattrs:
+    """The extended attributes among ``records``. Raises FormatError."""
+    return collect([(key[len(XATTR) :], value) for key, value in records.items() if key.startswith(XATTR)])

@@ -1,4 +1,4 @@
-"""Sparse members of tar archives: the GNU maps of where a file's stored bytes lie (GNU tar manual, "Sparse Formats").
+"""Sparse files: the GNU maps of where a member's stored bytes lie (GNU tar manual, "Sparse Formats").
 
 A map is a list of ``(offset, length)`` data segments in file order; what is between them is a hole.
 """
@@ -10,12 +10,15 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from erofsgen.errors import FormatError
+from erofsgen.errors import FormatError, UnsupportedError
 
 Segments = list[tuple[int, int]]
 
 MAP_LIMIT: Final = 1 << 20
 """Most bytes a map may take in the archive."""
+
+HOLE_LIMIT: Final = 1 << 42
+"""Most bytes of holes in one layer. A few hundred bytes of tar can claim exbibytes, and each chunk of them costs."""
 
 _HEADER_PAIRS = struct.Struct("24s24s24s24s")
 _EXTENSION = struct.Struct("504sB7x")
@@ -81,6 +84,13 @@ def check(segments: Segments, size: int, stored: int) -> Segments:
     if total != stored:
         raise FormatError(f"its sparse map counts {total:,} bytes, the archive holds {stored:,}")
     return [segment for segment in segments if segment[1]]
+
+
+def add_holes(holes: int, more: int) -> int:
+    """Count a layer's holes. Raises UnsupportedError beyond :data:`HOLE_LIMIT`."""
+    if holes + more > HOLE_LIMIT:
+        raise UnsupportedError(f"more than {HOLE_LIMIT >> 40} TiB of holes in one layer")
+    return holes + more
 
 
 def _pairs(numbers: list[bytes]) -> Segments:

@@ -20,15 +20,13 @@ from erofsgen.oci import pax, sparse
 from erofsgen.oci.layer import LINK, OPAQUE, PUT, WHITEOUT, Entry, FileData
 from erofsgen.oci.names import NAME_MAX, PATH_MAX, clean, show
 from erofsgen.oci.stream import BlockStream
+from erofsgen.oci.xattrs import suited
 
 BLOCK: Final = 512
 """Bytes per tar block: one header, and what a member's data is padded to."""
 
 META_LIMIT: Final = 1 << 20
 """Most bytes of a PAX header or a GNU long name, as in Go's archive/tar."""
-
-HOLE_LIMIT: Final = 1 << 42
-"""Most bytes of holes in one layer. A few hundred bytes of tar can claim exbibytes, and each chunk of them costs."""
 
 # name, mode, uid, gid, size, mtime, checksum, type; other fields are sliced out where a member needs them
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc")
@@ -252,9 +250,7 @@ class TarReader:
 
     def _complete(self, inode: Inode, kind: bytes, header: memoryview, link: bytes) -> bytes:
         """Fill in what only links, devices and fifos have. Returns the link's target."""
-        # Linux keeps user.* attributes for regular files and directories only; a hard link may be to either
-        if inode.xattrs and kind != _LINK_TYPE:
-            inode.xattrs = tuple(pair for pair in inode.xattrs if not pair[0].startswith(b"user."))
+        inode.xattrs = suited(inode.xattrs, inode.mode)
         if kind in (_LINK_TYPE, _SYMLINK):
             link = link or _until_nul(header[_LINK_NAME])
             if not link:
@@ -298,9 +294,7 @@ class TarReader:
 
     def _sparse(self, segments: sparse.Segments, size: int) -> _Data:
         segments = sparse.check(segments, size, self._left)
-        self._holes += size - self._left
-        if self._holes > HOLE_LIMIT:
-            raise UnsupportedError(f"more than {HOLE_LIMIT >> 40} TiB of holes in one layer")
+        self._holes = sparse.add_holes(self._holes, size - self._left)
         return _SparseData(self, size, segments)
 
     def _read_block(self) -> memoryview:
