@@ -25,7 +25,7 @@ from erofsgen.oci.images import RootfsImage
 from erofsgen.oci.layer import Entry, FileData
 from erofsgen.oci.rootfs import RootfsReader
 from erofsgen.oci.source import Layer, SourceImage
-from erofsgen.oci.stream import BlockStream, open_stream
+from erofsgen.oci.stream import open_stream
 from erofsgen.oci.tar import TarReader
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Descriptor
@@ -171,29 +171,19 @@ class _Build:
 
     def _layer(self, index: int, layer: Layer) -> LayerRecord:
         what = f"layer {layer.digest}"
-        with self._source.open_layer(index) as raw:
-            stream = open_stream(
-                raw,
-                media_type=layer.media_type,
-                digest=layer.digest,
-                size=layer.size,
-                diff_id=layer.diff_id,
-                what=what,
-            )
-            with stream:
-                return self._convert(_complete(TarReader(stream), stream), what)
+        with open_stream(
+            self._source.open_layer(index),
+            media_type=layer.media_type,
+            digest=layer.digest,
+            size=layer.size,
+            diff_id=layer.diff_id,
+            what=what,
+        ) as stream:
+            return self._convert(TarReader(stream), what)
 
     def _convert(self, reader: Iterable[tuple[Entry, FileData | None]], what: str) -> LayerRecord:
         with self._progress.task(what) as task:
             return self._converter.convert(reader, task)
-
-
-def _complete(
-    reader: Iterable[tuple[Entry, FileData | None]], stream: BlockStream
-) -> Iterator[tuple[Entry, FileData | None]]:
-    """The reader's entries; then the rest of the blob is read and its digest and length are checked."""
-    yield from reader
-    stream.finish()
 
 
 @contextmanager
