@@ -1,0 +1,242 @@
+"""The Linux calls that Python's standard library lacks: thin wrappers, ``OSError`` on failure, no policy.
+
+Constants are those of the kernel's headers, named as there. System call numbers above 424 are the same on every
+architecture but alpha.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+FICLONE: Final = 0x40049409  # linux/fs.h
+FSCONFIG_CMD_CREATE: Final = 6  # linux/mount.h
+FSCONFIG_SET_FLAG: Final = 0  # linux/mount.h
+FSCONFIG_SET_STRING: Final = 1  # linux/mount.h
+FSMOUNT_CLOEXEC: Final = 1  # linux/mount.h
+FSOPEN_CLOEXEC: Final = 1  # linux/mount.h
+LOOP_CONFIGURE: Final = 0x4C0A  # linux/loop.h
+LOOP_CTL_GET_FREE: Final = 0x4C82  # linux/loop.h
+LO_FLAGS_AUTOCLEAR: Final = 4  # linux/loop.h
+LO_FLAGS_DIRECT_IO: Final = 16  # linux/loop.h
+LO_FLAGS_READ_ONLY: Final = 1  # linux/loop.h
+MNT_DETACH: Final = 2  # linux/fs.h
+MOUNT_ATTR_RDONLY: Final = 1  # linux/mount.h
+MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4  # linux/mount.h
+MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40  # linux/mount.h
+NR_FSCONFIG: Final = 431  # asm-generic/unistd.h
+NR_FSMOUNT: Final = 432  # asm-generic/unistd.h
+NR_FSOPEN: Final = 430  # asm-generic/unistd.h
+NR_MOVE_MOUNT: Final = 429  # asm-generic/unistd.h
+SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
+UMOUNT_NOFOLLOW: Final = 8  # linux/fs.h
+
+FSCONFIG_STRING_LIMIT: Final = 255
+"""Bytes a string parameter may have: fs/fsopen.c copies 256 with the NUL."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class _LoopInfo64(ctypes.Structure):
+    """struct loop_info64."""
+
+    _fields_ = (
+        ("lo_device", ctypes.c_uint64),
+        ("lo_inode", ctypes.c_uint64),
+        ("lo_rdevice", ctypes.c_uint64),
+        ("lo_offset", ctypes.c_uint64),
+        ("lo_sizelimit", ctypes.c_uint64),
+        ("lo_number", ctypes.c_uint32),
+        ("lo_encrypt_type", ctypes.c_uint32),
+        ("lo_encrypt_key_size", ctypes.c_uint32),
+        ("lo_flags", ctypes.c_uint32),
+        ("lo_file_name", ctypes.c_char * 64),
+        ("lo_crypt_name", ctypes.c_char * 64),
+        ("lo_encrypt_key", ctypes.c_char * 32),
+        ("lo_init", ctypes.c_uint64 * 2),
+    )
+
+
+class _LoopConfig(ctypes.Structure):
+    """struct loop_config."""
+
+    _fields_ = (
+        ("fd", ctypes.c_uint32),
+        ("block_size", ctypes.c_uint32),
+        ("info", _LoopInfo64),
+        ("__reserved", ctypes.c_uint64 * 8),
+    )
+
+
+assert ctypes.sizeof(_LoopInfo64) == 232
+assert ctypes.sizeof(_LoopConfig) == 304
+
+
+def fsopen(fstype: str) -> int:
+    """A file system context for ``fstype``. ENODEV: the kernel does not know it. Linux 5.2."""
+    return _call(fstype, NR_FSOPEN, fstype.encode(), FSOPEN_CLOEXEC)
+
+
+def fsconfig_flag(context: int, key: str) -> None:
+    """Set a parameter without a value."""
+    _call(key, NR_FSCONFIG, context, FSCONFIG_SET_FLAG, key.encode(), None, 0)
+
+
+def fsconfig_string(context: int, key: str, value: str) -> None:
+    """Set a parameter. Nothing in ``value`` is special; EINVAL where it exceeds :data:`FSCONFIG_STRING_LIMIT`."""
+    _call(f"{key}={value}", NR_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+
+
+def fsconfig_create(context: int) -> None:
+    """Create the superblock, or find the one that the parameters name."""
+    _call(None, NR_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fscontext_log(context: int) -> list[str]:
+    """What the kernel said about the context since the last call, oldest first, e.g. ``e overlay: ...``."""
+    messages = []
+    while True:
+        try:
+            messages.append(os.read(context, 8192).decode(errors="replace").strip())
+        except OSError:  # ENODATA: no more messages
+            return messages
+
+
+def fsmount(context: int, attributes: int) -> int:
+    """The context's superblock as a mount that is attached nowhere yet; it goes with the descriptor."""
+    return _call(None, NR_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
+
+
+def move_mount(mount: int, target: int) -> None:
+    """Attach the mount behind one descriptor to the directory behind the other (``O_PATH`` will do)."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _call(None, NR_MOVE_MOUNT, mount, b"", target, b"", flags)
+
+
+def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
+    """umount2(2)."""
+    path = os.fspath(target)
+    if _libc.umount2(os.fsencode(path), flags) < 0:
+        _raise(path)
+
+
+def clone_file(source: int, target: int) -> None:
+    """Let ``target`` share all of ``source``'s extents. EOPNOTSUPP, EXDEV or EINVAL where that is not possible."""
+    fcntl.ioctl(target, FICLONE, source)
+
+
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Begin to write a range's dirty pages, without waiting for them."""
+    if _libc.sync_file_range(descriptor, offset, length, SYNC_FILE_RANGE_WRITE) < 0:
+        _raise(None)
+
+
+def loop_get_free() -> int:
+    """The number of an unused loop device, which may be in use by the time it is opened."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+    finally:
+        os.close(control)
+
+
+def loop_configure(loop: int, backing: int, flags: int, *, block_size: int, name: str) -> None:
+    """Set up a loop device over a file; ``name`` is only shown. EBUSY: it is in use. Linux 5.8."""
+    config = _LoopConfig(fd=backing, block_size=block_size)
+    config.info.lo_flags = flags
+    config.info.lo_file_name = os.fsencode(name)[:63]
+    fcntl.ioctl(loop, LOOP_CONFIGURE, config)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Major and minor version of the running kernel."""
+    major, minor = re.findall(r"\d+", os.uname().release)[:2]
+    return int(major), int(minor)
+
+
+def boot_id() -> str:
+    """Names the running boot."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def mount_id(descriptor: int) -> int:
+    """The id of the mount that an open file or a detached mount is on, as in mountinfo. Reused after unmounting."""
+    with open(f"/proc/self/fdinfo/{descriptor}") as file:
+        for line in file:
+            if line.startswith("mnt_id:"):
+                return int(line[7:])
+    raise OSError(f"/proc/self/fdinfo/{descriptor}: no mnt_id")
+
+
+@dataclass(frozen=True)
+class MountPoint:
+    """One line of mountinfo (proc_pid_mountinfo(5)). ``device`` is ``major:minor``; paths are decoded."""
+
+    id: int
+    parent: int
+    device: str
+    root: str
+    target: str
+    options: str
+    fstype: str
+    source: str
+    super_options: str
+
+
+def mount_points() -> list[MountPoint]:
+    """Every mount of this process's mount namespace below its root, in the order they cover each other."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return list(parse_mountinfo(file.read()))
+
+
+def parse_mountinfo(data: bytes) -> Iterator[MountPoint]:
+    """The lines of a mountinfo file. Raises ValueError for what is none."""
+    for line in data.split(b"\n"):
+        if line:
+            # an empty source leaves two spaces, so fields are split at each one
+            before, separator, after = line.partition(b" - ")
+            if not separator:
+                raise ValueError(f"not a mountinfo line: {line!r}")
+            number, parent, device, root, target, options, *_ = before.split(b" ")
+            fstype, source, super_options = after.split(b" ", 2)
+            yield MountPoint(
+                int(number),
+                int(parent),
+                device.decode(),
+                _unescape(root),
+                _unescape(target),
+                _unescape(options),
+                _unescape(fstype),
+                _unescape(source),
+                _unescape(super_options),
+            )
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+_OCTAL: Final = re.compile(rb"\\([0-3][0-7]{2})")
+
+
+def _call(what: str | None, number: int, *arguments: int | bytes | None) -> int:
+    # variadic: every argument must be as wide as a register
+    wide = [ctypes.c_char_p(a) if a is None or isinstance(a, bytes) else ctypes.c_long(a) for a in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        _raise(what)
+    return result
+
+
+def _raise(what: str | None) -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number), what)

@@ -1,0 +1,181 @@
+"""Eager mounts: all of an image is local and verified before it is mounted, and nothing runs afterwards.
+
+A read-only mount is the kernel's EROFS on the target. A read-write one is overlayfs on the target with that EROFS
+below it, which is attached nowhere else: one umount ends both. See :mod:`erofsgen.host.mountstate` for what is kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+from erofsgen.errors import BusyError, NotFoundError, StorageError, UnsupportedError, UsageError
+from erofsgen.host import linux, superblock
+from erofsgen.host.cache import HostCache, storage
+from erofsgen.host.holders import holders
+from erofsgen.host.mountstate import How, MountInfo, MountStates, namespace
+from erofsgen.host.overlay import Upper
+from erofsgen.progress import SILENT, Progress
+from erofsgen.store.image import Image
+
+
+def mount(
+    image: Image,
+    target: Path,
+    *,
+    root: Path,
+    rw: bool = False,
+    upper: Path | None = None,
+    progress: Progress = SILENT,
+    via: How | None = None,
+) -> MountInfo:
+    """Mount ``image`` on the directory ``target``; host cache and state are below ``root``.
+
+    ``rw`` puts an overlay on top, whose changes are thrown away with the mount. ``upper``, made where it is missing,
+    keeps them, and implies ``rw``. ``via`` is for tests: by default files back the mount where the
+    kernel can do that, else a loop device does.
+
+    Raises NotFoundError and UsageError (``target`` or ``upper`` cannot be used as such), BusyError (a mount of ours is
+    there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS), and what
+    :meth:`HostCache.materialise` raises. Nothing is mounted then.
+    """
+    target = _target(target)
+    if upper is not None:
+        rw, upper = True, Path(os.path.realpath(upper))
+    superblock.require()
+    states = MountStates(root)
+    with states.locked() as mounted:
+        _refuse(mounted, target, upper)
+    cache = HostCache(states.root)
+    if via is None:
+        via = "file-backed" if superblock.can_back_by_file(cache.index(image)) else "loop"
+    if via == "file-backed":
+        index, devices = cache.materialise(image, progress)
+    else:
+        index, devices = cache.materialise_flat(image, progress), []
+    with states.locked() as mounted, ExitStack() as undo, ExitStack() as descriptors:
+        _refuse(mounted, target, upper)
+        identity = secrets.token_hex(8)
+        top = superblock.mount_files(index, devices) if via == "file-backed" else superblock.mount_loop(index)
+        descriptors.callback(os.close, top)
+        changes = None
+        if rw:
+            with states.private(identity) as private:
+                undo.callback(states.throw_away, identity)
+                changes = Upper(upper or states.throwaway(identity), keep=upper is not None)
+                undo.callback(changes.undo)
+                top = changes.overlay(top, private)
+            descriptors.callback(os.close, top)
+        device = os.fstat(top).st_dev
+        info = MountInfo(
+            id=identity,
+            target=str(target),
+            image=image.name,
+            digest=image.digest,
+            how=via,
+            rw=rw,
+            upper=str(changes.data) if changes else None,
+            work=str(changes.work) if changes else None,
+            keep=upper is not None,
+            index=str(index),
+            devices=[str(path) for path in devices],
+            mounted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            mount_id=linux.mount_id(top),
+            device=f"{os.major(device)}:{os.minor(device)}",
+            namespace=namespace(),
+            boot_id=linux.boot_id(),
+        )
+        undo.callback(states.forget, info)
+        states.write(info)
+        with storage(target):
+            place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            descriptors.callback(os.close, place)
+            linux.move_mount(top, place)
+        undo.pop_all()
+    return info
+
+
+def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:
+    """Unmount what :func:`mount` mounted on ``target``, and throw away its changes unless they were to be kept.
+
+    ``force`` takes it out of the file tree although it is in use; processes inside go on with what they have open,
+    but changes to be thrown away are thrown away at once.
+
+    Raises NotFoundError (no mount of ours), BusyError (in use, or covered by another mount), StorageError.
+    """
+    path = os.path.realpath(target)
+    states = MountStates(root)
+    if not states.exist():
+        raise _not_mounted(target, states.root)
+    with states.locked() as mounted:
+        here = [info for info in mounted if info.target == path]
+        if not here:
+            raise _not_mounted(target, states.root)
+        info = here[-1]
+        if info.namespace != namespace():
+            raise UnsupportedError(
+                f"{path}: mounted in another mount namespace", hint="run `erofsgen umount` there, see nsenter(1)"
+            )
+        _uncovered(info)
+        try:
+            linux.umount(path, linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if force else 0))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                by = holders(path, info.mount_id)
+                raise BusyError(
+                    f"{path}: in use" + (f" by {by}" if by else ""), hint="end that, or use --force"
+                ) from error
+            if error.errno == errno.EPERM:
+                raise UnsupportedError(f"{path}: unmounting is not permitted", hint="run as root") from error
+            raise StorageError(f"{path}: {error.strerror}") from error
+        states.forget(info)
+    return info
+
+
+def mounts(root: Path) -> list[MountInfo]:
+    """The mounts of ``root`` that still exist, oldest first."""
+    states = MountStates(root)
+    if not states.exist():
+        return []
+    with states.locked() as mounted:
+        return sorted(mounted, key=lambda info: (info.mounted_at, info.target))
+
+
+def _target(target: Path) -> Path:
+    path = Path(os.path.realpath(target))
+    if not path.exists():
+        raise NotFoundError(f"{target}: no such directory", hint="create it first")
+    if not path.is_dir():
+        raise UsageError(f"{target}: not a directory")
+    return path
+
+
+def _refuse(mounted: Sequence[MountInfo], target: Path, upper: Path | None) -> None:
+    here = namespace()
+    for info in mounted:
+        if info.target == str(target) and info.namespace == here:
+            raise BusyError(f"{target}: {info.image} is mounted there", hint=f"`erofsgen umount {target}` first")
+        if upper is not None and info.upper == str(upper):
+            raise BusyError(
+                f"{upper}: the upper directory of {info.target}", hint="every mount needs an upper directory of its own"
+            )
+
+
+def _uncovered(info: MountInfo) -> None:
+    """Raises BusyError where unmounting the path would unmount something else."""
+    with storage(Path(info.target)):
+        descriptor = os.open(info.target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if linux.mount_id(descriptor) != info.mount_id:
+            raise BusyError(f"{info.target}: covered by another mount", hint=f"`umount {info.target}` first")
+    finally:
+        os.close(descriptor)
+
+
+def _not_mounted(target: Path, root: Path) -> NotFoundError:
+    return NotFoundError(f"{target}: nothing of {root} is mounted there", hint="see `erofsgen mounts`")

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from erofsgen.host import linux
+
+LINE = (
+    rb"36 35 98:0 /mnt1 /mnt\0402/a\134b\011c\012d rw,noatime shared:7 master:1 - ext3 /dev/ro\040ot rw,errors=continue"
+)
+
+
+def test_mountinfo_line():
+    (point,) = linux.parse_mountinfo(LINE + b"\n")
+    assert point == linux.MountPoint(
+        id=36,
+        parent=35,
+        device="98:0",
+        root="/mnt1",
+        target="/mnt 2/a\\b\tc\nd",
+        options="rw,noatime",
+        fstype="ext3",
+        source="/dev/ro ot",
+        super_options="rw,errors=continue",
+    )
+
+
+@pytest.mark.parametrize("optional", [b"", b"shared:1 ", b"shared:1 master:2 propagate_from:3 unbindable "])
+def test_mountinfo_optional_fields(optional):
+    (point,) = linux.parse_mountinfo(b"1 2 0:3 / /t ro " + optional + b"- erofs none ro\n")
+    assert (point.target, point.fstype, point.source) == ("/t", "erofs", "none")
+
+
+def test_mountinfo_empty_source():
+    (point,) = linux.parse_mountinfo(b"1 2 0:3 / /t ro - tmpfs  rw,size=4k\n")
+    assert (point.source, point.super_options) == ("", "rw,size=4k")
+
+
+def test_mountinfo_rejects_other_text():
+    with pytest.raises(ValueError, match="not a mountinfo line"):
+        list(linux.parse_mountinfo(b"/dev/vda / ext4 rw 0 0\n"))
+
+
+def escaped(name: bytes) -> bytes:
+    """As fs/proc_namespace.c writes a path."""
+    return b"".join(b"\\%03o" % byte if byte in b" \t\n\\#" else bytes([byte]) for byte in name)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40).filter(lambda name: b"\0" not in name), max_size=8))
+def test_mountinfo_paths_survive(names):
+    lines = [b"%d 1 0:1 / /%s rw - tmpfs %s rw" % (i, escaped(n), escaped(n)) for i, n in enumerate(names)]
+    points = list(linux.parse_mountinfo(b"".join(line + b"\n" for line in lines)))
+    assert [os.fsencode(point.target) for point in points] == [b"/" + name for name in names]
+    assert [os.fsencode(point.source) for point in points] == names
+    assert [point.id for point in points] == list(range(len(names)))
+
+
+def test_mount_points_have_a_root():
+    points = linux.mount_points()
+    (slash,) = [point for point in points if point.target == "/"][-1:]
+    descriptor = os.open("/", os.O_PATH)
+    try:
+        assert linux.mount_id(descriptor) == slash.id
+    finally:
+        os.close(descriptor)
+
+
+def test_kernel_version_and_boot_id():
+    major, minor = linux.kernel_version()
+    assert os.uname().release.startswith(f"{major}.{minor}")
+    assert len(linux.boot_id()) == 36
+
+
+def test_errors_carry_errno_and_name(tmp_path):
+    with pytest.raises(OSError, match="no-such-fs") as caught:
+        linux.fsopen("no-such-fs")
+    assert caught.value.errno in (errno.ENODEV, errno.EPERM)
+    with pytest.raises(OSError, match="Invalid argument") as caught:
+        linux.umount(tmp_path)
+    assert caught.value.filename == str(tmp_path)
+
+
+@pytest.mark.mount
+def test_the_kernel_says_why(require_root):
+    context = linux.fsopen("overlay")
+    try:
+        linux.fsconfig_string(context, "source", "x")
+        with pytest.raises(OSError, match=r"Invalid argument: .no-such-option=x.") as caught:
+            linux.fsconfig_string(context, "no-such-option", "x")
+        assert caught.value.errno == errno.EINVAL
+        assert any("no-such-option" in line for line in linux.fscontext_log(context))
+        assert linux.fscontext_log(context) == []
+    finally:
+        os.close(context)
