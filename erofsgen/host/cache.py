@@ -6,7 +6,7 @@
     ├── packs/<sha256>.data        a pack's device bytes, complete; shared by all images that name the pack
     ├── packs/<sha256>.data.part   being filled, under flock
     ├── images/<manifest>.erofs    an image's index
-    ├── images/<manifest>.flat     index and device bytes in one file (erofsgen.erofs.flat), where loop needs it
+    ├── images/<manifest>.flat     index and device bytes in one file (erofsgen.erofs.flatten), where loop needs it
     ├── mnt/, upper/, mounts/      see erofsgen.host.mounts
     └── lock.mounts
 
@@ -31,7 +31,7 @@ from typing import Final
 
 from blake3 import blake3
 
-from erofsgen.erofs.flat import flatten
+from erofsgen.erofs.flatten import flatten
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.errors import StorageError
 from erofsgen.host import linux

@@ -1,0 +1,162 @@
+"""An index without devices: the same files, for an image that lies in one piece.
+
+A flat image is the rewritten index and behind it every device's bytes, in slot order. Its chunk indexes name blocks of
+the flat image itself, and there is no device table. Every kernel that reads chunk-based files does (5.15); using the
+index as it is in one piece, by its slots' unified addresses, takes 6.4.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from erofsgen.erofs import format as fmt
+from erofsgen.errors import FormatError, UnsupportedError
+
+_SUPPORTED: Final = fmt.INCOMPAT_CHUNKED_FILE | fmt.INCOMPAT_DEVICE_TABLE | fmt.INCOMPAT_XATTR_PREFIXES
+
+
+@dataclass(frozen=True)
+class Flat:
+    """``index``: the rewritten index, in whole blocks. ``starts``: the block at which each device begins, in slot
+    order. ``blocks``: size of the flat image."""
+
+    index: bytes
+    starts: tuple[int, ...]
+    blocks: int
+
+
+def flatten(index: bytes) -> Flat:
+    """Rewrite an index for a flat image.
+
+    Raises FormatError (not an index), UnsupportedError (an EROFS image that erofsgen does not write, or more than 2^32
+    blocks in one piece).
+    """
+    try:
+        return _flatten(index)
+    except (struct.error, IndexError, ValueError) as error:
+        raise FormatError(f"index: damaged: {error}") from None
+
+
+def _flatten(index: bytes) -> Flat:
+    data = bytearray(index) + bytes(-len(index) % fmt.BLOCK_SIZE)
+    superblock = fmt.Superblock(*fmt.SUPER.unpack_from(data, fmt.SUPER_OFFSET))
+    if superblock.magic != fmt.SUPER_MAGIC:
+        raise FormatError("index: no EROFS superblock")
+    if superblock.blkszbits != fmt.BLOCK_BITS or superblock.feature_incompat & ~_SUPPORTED:
+        raise UnsupportedError(f"index: features {superblock.feature_incompat:#x} cannot be laid flat")
+    sizes = _device_blocks(data, superblock)
+    starts = np.cumsum([len(data) // fmt.BLOCK_SIZE, *sizes], dtype=np.int64)
+    if starts[-1] >= fmt.NULL_ADDR:
+        raise UnsupportedError(f"index: {starts[-1]} blocks do not fit one piece")
+    table = np.frombuffer(data, fmt.CHUNK_INDEX_DTYPE)
+    places = _chunk_indexes(data, superblock)
+    places = places[table["startblk_lo"][places] != fmt.NULL_ADDR]
+    devices = table["device_id"][places]
+    if devices.size and devices.max() > len(sizes):
+        raise FormatError(f"index: a chunk is on device {devices.max()} of {len(sizes)}")
+    # device 0 is the index, whose blocks stay where they are
+    moved = np.concatenate([[0], starts[:-1]]).astype(np.uint32)
+    table["startblk_lo"][places] += moved[devices]
+    table["device_id"][places] = 0
+    _write_superblock(
+        data,
+        superblock._replace(
+            feature_incompat=superblock.feature_incompat & ~fmt.INCOMPAT_DEVICE_TABLE,
+            extra_devices=0,
+            devt_slotoff=0,
+            blocks_lo=int(starts[-1]),
+        ),
+    )
+    return Flat(bytes(data), tuple(starts[:-1].tolist()), int(starts[-1]))
+
+
+def _device_blocks(data: bytearray, superblock: fmt.Superblock) -> list[int]:
+    if not superblock.feature_incompat & fmt.INCOMPAT_DEVICE_TABLE:
+        return []
+    offset = superblock.devt_slotoff * fmt.DEVICE_SLOT.size
+    slots = np.frombuffer(data, fmt.DEVICE_SLOT_DTYPE, superblock.extra_devices, offset)
+    return [int(blocks) for blocks in slots["blocks_lo"]]
+
+
+def _write_superblock(data: bytearray, superblock: fmt.Superblock) -> None:
+    fmt.SUPER.pack_into(data, fmt.SUPER_OFFSET, *superblock._replace(checksum=0))
+    if superblock.feature_compat & fmt.COMPAT_SB_CHKSUM:
+        # the kernel's crc32c is not inverted at the end
+        checksum = crc32c.crc32c(bytes(data[fmt.SUPER_OFFSET : fmt.BLOCK_SIZE])) ^ 0xFFFF_FFFF
+        fmt.SUPER.pack_into(data, fmt.SUPER_OFFSET, *superblock._replace(checksum=checksum))
+
+
+def _chunk_indexes(data: bytearray, superblock: fmt.Superblock) -> npt.NDArray[np.int64]:
+    """Where all chunk indexes of all files are, counted in chunk indexes from the start."""
+    base = superblock.meta_blkaddr * (fmt.BLOCK_SIZE // fmt.ISLOT_SIZE)
+    slots = _regular_files(data, superblock) + base
+    inodes = np.frombuffer(data, fmt.INODE_COMPACT_DTYPE)[slots]
+    chunked = inodes["i_format"] >> fmt.I_DATALAYOUT_BIT & fmt.I_DATALAYOUT_MASK == fmt.CHUNK_BASED
+    slots, inodes = slots[chunked], inodes[chunked]
+    chunk_format = inodes["i_u"].astype(np.int64) & 0xFFFF
+    if (chunk_format & ~fmt.CHUNK_FORMAT_BLKBITS_MASK != fmt.CHUNK_FORMAT_INDEXES).any():
+        raise UnsupportedError("index: a file has no chunk indexes of 8 bytes")
+    extended = inodes["i_format"] & fmt.I_VERSION_MASK != 0
+    # the high half of an extended inode's size is where a compact one has its mtime
+    sizes = inodes["i_size"] | np.where(extended, inodes["i_mtime"].astype(np.int64) << 32, 0)
+    bits = fmt.BLOCK_BITS + (chunk_format & fmt.CHUNK_FORMAT_BLKBITS_MASK)
+    counts = (sizes + (np.int64(1) << bits) - 1) >> bits
+    ends = np.cumsum(counts)
+    if not len(ends):
+        return np.zeros(0, np.int64)
+    unit = fmt.CHUNK_INDEX.size
+    if counts.min() < 0 or counts.max() > len(data) // unit or ends[-1] > len(data) // unit:
+        raise FormatError("index: more chunk indexes than it has room for")
+    head = np.where(extended, fmt.INODE_EXTENDED.size, fmt.INODE_COMPACT.size)
+    starts = slots * fmt.ISLOT_SIZE + head + _xattr_size(inodes["i_xattr_icount"].astype(np.int64))
+    return np.repeat((starts + unit - 1) // unit - (ends - counts), counts) + np.arange(ends[-1])
+
+
+def _regular_files(data: bytearray, superblock: fmt.Superblock) -> npt.NDArray[np.int64]:
+    """The nids of all regular files."""
+    files: list[npt.NDArray[np.uint64]] = []
+    root = superblock.rootnid_2b
+    seen, pending = {root}, [root]
+    while pending:
+        content = _directory(data, superblock.meta_blkaddr * fmt.BLOCK_SIZE + pending.pop() * fmt.ISLOT_SIZE)
+        for start in range(0, len(content), fmt.BLOCK_SIZE):
+            block = content[start : start + fmt.BLOCK_SIZE]
+            (names,) = struct.unpack_from("<H", block, 8)  # where names begin, entries end
+            entries = np.frombuffer(block, fmt.DIRENT_DTYPE, names // fmt.DIRENT.size)
+            files.append(entries["nid"][entries["file_type"] == _REGULAR])
+            new = set(entries["nid"][entries["file_type"] == _DIRECTORY].tolist()) - seen
+            seen |= new
+            pending.extend(new)
+    return np.unique(np.concatenate(files)).astype(np.int64) if files else np.zeros(0, np.int64)
+
+
+_REGULAR, _DIRECTORY = 1, 2  # of fmt.FILE_TYPES
+
+
+def _directory(data: bytearray, at: int) -> bytes:
+    """The content of the directory whose inode is at byte ``at``."""
+    inode = np.frombuffer(data, fmt.INODE_COMPACT_DTYPE, 1, at)[0]
+    layout = int(inode["i_format"]) >> fmt.I_DATALAYOUT_BIT & fmt.I_DATALAYOUT_MASK
+    size, start = int(inode["i_size"]), int(inode["i_u"]) * fmt.BLOCK_SIZE
+    if layout not in (fmt.FLAT_PLAIN, fmt.FLAT_INLINE):
+        raise FormatError(f"index: a directory of data layout {layout}")
+    tail_size = size % fmt.BLOCK_SIZE if layout == fmt.FLAT_INLINE else 0
+    content = bytes(data[start : start + size - tail_size]) if size > tail_size else b""
+    extended = int(inode["i_format"]) & fmt.I_VERSION_MASK
+    tail = at + (fmt.INODE_EXTENDED if extended else fmt.INODE_COMPACT).size
+    tail += int(_xattr_size(np.array(inode["i_xattr_icount"], np.int64)))
+    content += bytes(data[tail : tail + tail_size])
+    if len(content) != size:
+        raise FormatError("index: a directory ends outside it")
+    return content
+
+
+def _xattr_size(icount: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bytes of extended attributes behind an inode, by its i_xattr_icount."""
+    return np.where(icount > 0, fmt.XATTR_IBODY_HEADER.size + 4 * (icount - 1), 0)
