@@ -85,7 +85,7 @@ class _Document(msgspec.Struct, kw_only=True, rename="camel"):
     config: Descriptor | None = None
     layers: tuple[Descriptor, ...] | None = None
     manifests: tuple[Descriptor, ...] | None = None
-    fs_layers: msgspec.Raw | None = None
+    fs_layers: Any = None
 
 
 class _RootFS(msgspec.Struct):

@@ -154,7 +154,8 @@ def _number(field: bytes) -> int:
 
 
 def _check_sum(header: bytes) -> None:
+    """The sum of the header's bytes, its own field taken as blanks; some old tars summed signed bytes."""
     blanked = header[:148] + b" " * 8 + header[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in blanked)
-    if _number(header[148:156]) not in (sum(blanked), signed):
+    claimed, total = _number(header[148:156]), sum(blanked)
+    if claimed != total and claimed != total - 256 * sum(byte > 127 for byte in blanked):
         raise FormatError("this is not a tar archive, or a damaged one")

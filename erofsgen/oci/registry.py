@@ -70,7 +70,7 @@ class RegistryClient:
 
         Raises NotFoundError, RemoteError, IntegrityError, FormatError, UnsupportedError.
         """
-        what = f"manifest {name} of {self._reference.registry}/{self._reference.repository}"
+        what = f"manifest {name} of {self._reference.repository}"
         data, headers = self._read(f"manifests/{name}", what, {"Accept": _ACCEPT})
         algorithm = name.partition(":")[0] if is_digest(name) else "sha256"
         digest = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
@@ -82,7 +82,7 @@ class RegistryClient:
 
     def document(self, blob: Descriptor) -> bytes:
         """A small blob, not verified: a manifest by digest, or a config."""
-        what = f"blob {blob.digest} of {self._reference.registry}/{self._reference.repository}"
+        what = f"blob {blob.digest} of {self._reference.repository}"
         if blob.media_type in INDEX_TYPES | MANIFEST_TYPES:
             return self._read(f"manifests/{blob.digest}", what, {"Accept": _ACCEPT})[0]
         return self._read(f"blobs/{blob.digest}", what, {})[0]
@@ -93,7 +93,7 @@ class RegistryClient:
 
         A foreign layer is looked for at its own addresses first. Raises Transient, NotFoundError, RemoteError.
         """
-        what = f"blob {blob.digest} of {self._reference.registry}/{self._reference.repository}"
+        what = f"blob {blob.digest} of {self._reference.repository}"
         headers = {"Range": f"bytes={start}-"} if start else {}
         failed: list[Exception] = []
         with ExitStack() as stack:

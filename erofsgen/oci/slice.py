@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _BUFFER: Final = 1 << 20
 
@@ -18,9 +21,10 @@ class _Slice(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        length = min(len(buffer), self._end - self._position)
-        count = os.preadv(self._fd, [buffer[:length]], self._position) if length > 0 else 0
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")  # a slice of a bytearray would be a copy
+        length = min(len(view), self._end - self._position)
+        count = os.preadv(self._fd, [view[:length]], self._position) if length > 0 else 0
         self._position += count
         return count
 
