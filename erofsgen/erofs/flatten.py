@@ -1,8 +1,9 @@
 """An index without devices: the same files, for an image that lies in one piece.
 
-A flat image is the rewritten index and behind it every device's bytes, in slot order. Its chunk indexes name blocks of
-the flat image itself, and there is no device table. Every kernel that reads chunk-based files does (5.15); using the
-index as it is in one piece, by its slots' unified addresses, takes 6.4.
+A flat image is the rewritten index and behind it every device's bytes, each where the *unified address space* of the
+index has it. So a block address without a device is right as it is; chunk indexes, which name a device and a block in
+it, are changed to name the unified address; and there is no device table. Every kernel that reads chunk-based files
+does (5.15). In one piece, but with its device table, an index takes Linux 6.4.
 """
 
 from __future__ import annotations
@@ -50,19 +51,15 @@ def _flatten(index: bytes) -> Flat:
         raise FormatError("index: no EROFS superblock")
     if superblock.blkszbits != fmt.BLOCK_BITS or superblock.feature_incompat & ~_SUPPORTED:
         raise UnsupportedError(f"index: features {superblock.feature_incompat:#x} cannot be laid flat")
-    sizes = _device_blocks(data, superblock)
-    starts = np.cumsum([len(data) // fmt.BLOCK_SIZE, *sizes], dtype=np.int64)
-    if starts[-1] >= fmt.NULL_ADDR:
-        raise UnsupportedError(f"index: {starts[-1]} blocks do not fit one piece")
+    starts, blocks = _devices(data, superblock)
     table = np.frombuffer(data, fmt.CHUNK_INDEX_DTYPE)
     places = _chunk_indexes(data, superblock)
     places = places[table["startblk_lo"][places] != fmt.NULL_ADDR]
     devices = table["device_id"][places]
-    if devices.size and devices.max() > len(sizes):
-        raise FormatError(f"index: a chunk is on device {devices.max()} of {len(sizes)}")
+    if devices.size and devices.max() > len(starts):
+        raise FormatError(f"index: a chunk is on device {devices.max()} of {len(starts)}")
     # device 0 is the index, whose blocks stay where they are
-    moved = np.concatenate([[0], starts[:-1]]).astype(np.uint32)
-    table["startblk_lo"][places] += moved[devices]
+    table["startblk_lo"][places] += np.array([0, *starts], np.uint32)[devices]
     table["device_id"][places] = 0
     _write_superblock(
         data,
@@ -70,18 +67,27 @@ def _flatten(index: bytes) -> Flat:
             feature_incompat=superblock.feature_incompat & ~fmt.INCOMPAT_DEVICE_TABLE,
             extra_devices=0,
             devt_slotoff=0,
-            blocks_lo=int(starts[-1]),
+            blocks_lo=blocks,
         ),
     )
-    return Flat(bytes(data), tuple(starts[:-1].tolist()), int(starts[-1]))
+    return Flat(bytes(data), starts, blocks)
 
 
-def _device_blocks(data: bytearray, superblock: fmt.Superblock) -> list[int]:
-    if not superblock.feature_incompat & fmt.INCOMPAT_DEVICE_TABLE:
-        return []
-    offset = superblock.devt_slotoff * fmt.DEVICE_SLOT.size
-    slots = np.frombuffer(data, fmt.DEVICE_SLOT_DTYPE, superblock.extra_devices, offset)
-    return [int(blocks) for blocks in slots["blocks_lo"]]
+def _devices(data: bytearray, superblock: fmt.Superblock) -> tuple[tuple[int, ...], int]:
+    """Where each device begins in the unified address space, and where that ends, in blocks."""
+    end = len(data) // fmt.BLOCK_SIZE
+    starts: list[int] = []
+    if superblock.feature_incompat & fmt.INCOMPAT_DEVICE_TABLE:
+        offset = superblock.devt_slotoff * fmt.DEVICE_SLOT.size
+        for slot in np.frombuffer(data, fmt.DEVICE_SLOT_DTYPE, superblock.extra_devices, offset):
+            start = int(slot["uniaddr_lo"])
+            if start < end:
+                raise FormatError(f"index: device {len(starts) + 1} overlaps what is before it in unified addresses")
+            starts.append(start)
+            end = start + int(slot["blocks_lo"])
+    if end >= fmt.NULL_ADDR:
+        raise UnsupportedError(f"index: {end} blocks do not fit one piece")
+    return tuple(starts), end
 
 
 def _write_superblock(data: bytearray, superblock: fmt.Superblock) -> None:
