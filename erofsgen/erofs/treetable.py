@@ -1,0 +1,127 @@
+"""A tree as tables: inodes numbered in the order in which they are laid out, directories cut into blocks.
+
+The order keeps what is used together close together: a directory's entries are followed by the inodes they name,
+and only then come the subdirectories' entries, depth first.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+from erofsgen.erofs.format import BLOCK_SIZE, DIRENT, NAME_MAX
+from erofsgen.erofs.tree import Inode, walk
+from erofsgen.errors import FormatError, UnsupportedError
+
+
+class DirBlock(NamedTuple):
+    """One block of directory entries: those from ``first`` to ``last`` (exclusive) of the image's entries."""
+
+    first: int
+    last: int
+    used: int
+    """Bytes, not counting what is left of the block behind the last name."""
+
+
+class TreeTable:
+    """The tables. Inode numbers are positions in ``inodes``; the root is 0.
+
+    ``names`` and ``targets`` hold every directory entry of the image, "." and ".." included: a name and the number of
+    the inode it names. A directory's entries are consecutive and in byte order.
+
+    Raises FormatError (a name no directory can hold, a directory in two places), UnsupportedError (a name too long).
+    """
+
+    def __init__(self, root: Inode) -> None:
+        if not root.is_dir:
+            raise FormatError("the root is not a directory")
+        self.root = root
+        self.inodes: list[Inode] = [root]
+        self.nlink: list[int] = [2]
+        self.names: list[bytes] = []
+        self.targets: list[int] = []
+        self.dir_blocks: dict[int, list[DirBlock]] = {}
+        """Inode number of each directory to its blocks; the last one may be inlined."""
+        self._number(root)
+
+    def _number(self, root: Inode) -> None:
+        inodes, nlink, targets = self.inodes, self.nlink, self.targets
+        numbers = {id(root): 0}
+        stack = [(0, 0)]
+        while stack:
+            number, parent = stack.pop()
+            children = inodes[number].children or {}
+            names = [*children, b".", b".."]
+            names.sort()
+            self._check_names(children, names)
+            first = len(targets)
+            subdirectories = []
+            for name in names:
+                child = children.get(name)
+                if child is None:
+                    targets.append(number if name == b"." else parent)
+                    continue
+                known = numbers.setdefault(id(child), len(inodes))
+                targets.append(known)
+                if known == len(inodes):
+                    inodes.append(child)
+                    if child.is_dir:
+                        nlink.append(2)
+                        nlink[number] += 1
+                        subdirectories.append((known, number))
+                    else:
+                        nlink.append(1)
+                elif child.is_dir:
+                    raise FormatError(f"{self.path(child)}: a directory in two places")
+                else:
+                    nlink[known] += 1
+            self.names += names
+            self.dir_blocks[number] = _cut(names, first)
+            subdirectories.reverse()
+            stack += subdirectories
+
+    def _check_names(self, children: dict[bytes, Inode], names: list[bytes]) -> None:
+        joined = b"/".join(names)
+        if len(max(names, key=len)) > NAME_MAX:
+            name, child = next(item for item in children.items() if len(item[0]) > NAME_MAX)
+            raise UnsupportedError(f"{self.path(child)}: a name of {len(name)} bytes, {NAME_MAX} is the limit")
+        if joined.count(b"/") != len(names) - 1 or b"\0" in joined or not _RESERVED.isdisjoint(children):
+            name, child = next(
+                (name, child) for name, child in children.items() if name in _RESERVED or b"/" in name or b"\0" in name
+            )
+            raise FormatError(f"{self.path(child)}: {name!r} cannot be a file name")
+
+    @staticmethod
+    def dir_size(blocks: list[DirBlock]) -> int:
+        """i_size of a directory."""
+        return (len(blocks) - 1) * BLOCK_SIZE + blocks[-1].used
+
+    def path(self, inode: Inode) -> str:
+        """The first path of an inode, for messages."""
+        seen: set[int] = set()
+        for path, other in walk(self.root):
+            if other is inode:
+                return "/" + os.fsdecode(path)
+            if other.children is not None and id(other) in seen:
+                break  # the tree is none; walking on might not end
+            seen.add(id(other))
+        return "a file"
+
+
+_RESERVED: Final = frozenset({b"", b".", b".."})
+
+
+def _cut(names: list[bytes], first: int) -> list[DirBlock]:
+    """Fill blocks with entries in order. ``first`` is the number of the first of them."""
+    ends = list(accumulate([DIRENT.size + len(name) for name in names]))
+    if ends[-1] <= BLOCK_SIZE:
+        return [DirBlock(first, first + len(names), ends[-1])]
+    blocks = []
+    start = base = 0
+    while start < len(names):
+        stop = bisect_right(ends, base + BLOCK_SIZE, lo=start)
+        blocks.append(DirBlock(first + start, first + stop, ends[stop - 1] - base))
+        start, base = stop, ends[stop - 1]
+    return blocks
