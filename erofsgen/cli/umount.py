@@ -13,7 +13,10 @@ from erofsgen.cli.shared import Settings, verb
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Detach it even while it is in use.")
 def command(settings: Settings, target: Path, force: bool) -> None:
-    """Unmount what `erofsgen mount` put on DIR."""
+    """Unmount an image.
+
+    DIR is where `erofsgen mount` put it.
+    """
     from erofsgen.host.mounts import unmount
 
     unmount(target, root=settings.root, force=force)
