@@ -40,7 +40,7 @@ def flatten(index: bytes) -> Flat:
     """
     try:
         return _flatten(index)
-    except (struct.error, IndexError, ValueError) as error:
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise FormatError(f"index: damaged: {error}") from None
 
 
@@ -102,6 +102,8 @@ def _chunk_indexes(data: bytearray, superblock: fmt.Superblock) -> npt.NDArray[n
     """Where all chunk indexes of all files are, counted in chunk indexes from the start."""
     base = superblock.meta_blkaddr * (fmt.BLOCK_SIZE // fmt.ISLOT_SIZE)
     slots = _regular_files(data, superblock) + base
+    if slots.size and slots.min() < 0:
+        raise FormatError("index: an inode far outside it")
     inodes = np.frombuffer(data, fmt.INODE_COMPACT_DTYPE)[slots]
     chunked = inodes["i_format"] >> fmt.I_DATALAYOUT_BIT & fmt.I_DATALAYOUT_MASK == fmt.CHUNK_BASED
     slots, inodes = slots[chunked], inodes[chunked]

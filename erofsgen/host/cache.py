@@ -185,11 +185,6 @@ class _Part:
         with storage(self._part):
             return os.pread(self.descriptor, length, offset)
 
-    def start_writeback(self, offset: int, length: int) -> None:
-        """Begin to write a range to the disk, so that :meth:`commit` does not find all of the file to be written."""
-        with storage(self._part):
-            linux.start_writeback(self.descriptor, offset, length)
-
     def share_extents(self, store: Store, digest: str) -> bool:
         """Take a blob's bytes by reference, unverified, where the file system can."""
         if not isinstance(store, DirectoryStore):
@@ -265,8 +260,7 @@ class _Filler:
 
     def _fill(self, first: int, end: int) -> None:
         toc = self._toc
-        begin = int(toc.device_offsets[first])
-        length = int(toc.device_offsets[end - 1] + toc.device_sizes[end - 1]) - begin
+        length = int(toc.device_sizes[first:end].sum())
         while self._resume and first < end and self._is_right(first):
             first += 1
         if first < end:
@@ -277,7 +271,6 @@ class _Filler:
                 piece = stored[at : at + int(toc.sizes[frame])]
                 data = open_frame(piece, toc, frame, what=f"pack {self._digest}")
                 self._part.write(data, self._offset + int(toc.device_offsets[frame]))
-            self._part.start_writeback(self._offset + begin, length)
         self._task.advance(length)
 
     def _is_right(self, frame: int) -> bool:

@@ -33,7 +33,6 @@ NR_FSCONFIG: Final = 431  # asm-generic/unistd.h
 NR_FSMOUNT: Final = 432  # asm-generic/unistd.h
 NR_FSOPEN: Final = 430  # asm-generic/unistd.h
 NR_MOVE_MOUNT: Final = 429  # asm-generic/unistd.h
-SYNC_FILE_RANGE_WRITE: Final = 2  # linux/fs.h
 UMOUNT_NOFOLLOW: Final = 8  # linux/fs.h
 
 FSCONFIG_STRING_LIMIT: Final = 255
@@ -42,7 +41,6 @@ FSCONFIG_STRING_LIMIT: Final = 255
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
-_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class _LoopInfo64(ctypes.Structure):
@@ -131,12 +129,6 @@ def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
 def clone_file(source: int, target: int) -> None:
     """Let ``target`` share all of ``source``'s extents. EOPNOTSUPP, EXDEV or EINVAL where that is not possible."""
     fcntl.ioctl(target, FICLONE, source)
-
-
-def start_writeback(descriptor: int, offset: int, length: int) -> None:
-    """Begin to write a range's dirty pages, without waiting for them."""
-    if _libc.sync_file_range(descriptor, offset, length, SYNC_FILE_RANGE_WRITE) < 0:
-        _raise(None)
 
 
 def loop_get_free() -> int:

@@ -10,11 +10,11 @@ import errno
 import os
 import secrets
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from erofsgen.errors import BusyError, NotFoundError, StorageError, UnsupportedError, UsageError
+from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, StorageError, UnsupportedError, UsageError
 from erofsgen.host import linux, superblock
 from erofsgen.host.cache import HostCache, storage
 from erofsgen.host.holders import holders
@@ -49,6 +49,8 @@ def mount(
         rw, upper = True, Path(os.path.realpath(upper))
     superblock.require()
     states = MountStates(root)
+    if states.hides(target):
+        raise UsageError(f"{target}: in the way of the host cache {states.root}", hint="mount somewhere else")
     with states.locked() as mounted:
         _refuse(mounted, target, upper)
     cache = HostCache(states.root)
@@ -91,6 +93,7 @@ def mount(
             boot_id=linux.boot_id(),
         )
         undo.callback(states.forget, info)
+        undo.callback(_detach, info)
         states.write(info)
         with storage(target):
             place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -175,6 +178,13 @@ def _uncovered(info: MountInfo) -> None:
             raise BusyError(f"{info.target}: covered by another mount", hint=f"`umount {info.target}` first")
     finally:
         os.close(descriptor)
+
+
+def _detach(info: MountInfo) -> None:
+    """Take a mount away that may have been attached: an interrupt can come right behind that."""
+    with suppress(OSError, ErofsgenError):
+        _uncovered(info)
+        linux.umount(info.target, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH)
 
 
 def _not_mounted(target: Path, root: Path) -> NotFoundError:

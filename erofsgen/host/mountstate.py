@@ -138,8 +138,14 @@ class MountStates:
         _remove(self._uppers / identity)
 
     def exist(self) -> bool:
-        """Whether anything was ever mounted. Needs no lock."""
-        return self._states.is_dir()
+        """Whether anything was ever mounted. Needs no lock. Raises StorageError."""
+        with storage(self.root):
+            return self._states.is_dir()
+
+    def hides(self, target: Path) -> bool:
+        """Whether a mount on ``target`` would cover the root, or lie among files that are its own."""
+        own = (self._states, self._private, self._uppers, self.root / "packs", self.root / "images")
+        return self.root.is_relative_to(target) or any(target.is_relative_to(directory) for directory in own)
 
     def _sweep(self) -> list[MountInfo]:
         points = {point.id: point for point in linux.mount_points()}

@@ -332,6 +332,32 @@ except ErofsgenError as error:
         )
         assert result.stdout == "UnsupportedError mounting erofs is not permitted run as root (CAP_SYS_ADMIN)\n"
 
+    def test_others_may_not_look(self, sample, root, mount_point):
+        mount(sample.image, mount_point, root=root)
+        program = """
+import os, sys
+from pathlib import Path
+from erofsgen.errors import ErofsgenError
+from erofsgen.host.mounts import mounts, unmount
+os.setgid(65534); os.setuid(65534)
+for call in (lambda root: mounts(root), lambda root: unmount(Path(sys.argv[1]), root=root)):
+    try:
+        print(call(Path(sys.argv[2])))
+    except ErofsgenError as error:
+        print(error.exit_code, error.hint)
+"""
+        command = [sys.executable, "-c", program, mount_point, root]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert [line[:14] for line in result.stdout.splitlines()] == ["7 run as root,"] * 2
+        assert read_tree(mount_point) == sample.files
+
+    @pytest.mark.parametrize("place", ["", "..", "mnt", "packs/x"])
+    def test_a_target_in_the_way_of_the_cache(self, sample, root, place):
+        target = root / place
+        target.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UsageError, match="in the way of the host cache"):
+            mount(sample.image, target, root=root)
+
     def test_a_damaged_state(self, sample, root, mount_point):
         mount(sample.image, mount_point, root=root)
         (state,) = (root / "mounts").iterdir()
@@ -536,6 +562,19 @@ def test_failure_in_the_middle(sample, root, mount_point, tmp_path, monkeypatch,
     with pytest.raises(Exception, match="Cannot allocate memory"):
         mount(sample.image, mount_point, root=root, rw=rw, upper=tmp_path / "changes" if rw else None)
     assert sorted(os.listdir(tmp_path)) == before
+    nothing_left(root)
+
+
+def test_interrupted_right_after_attaching(sample, root, mount_point, monkeypatch):
+    attach = linux.move_mount
+
+    def interrupted(*arguments):
+        attach(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linux, "move_mount", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mount(sample.image, mount_point, root=root)
     nothing_left(root)
 
 
