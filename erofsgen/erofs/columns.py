@@ -70,7 +70,8 @@ class Columns:
             & (self.size <= _COMPACT_SIZE_MAX)
         )
         often = Counter(mtimes if small.all() else compress(mtimes, small.tolist()))
-        self.epoch = min(often, key=lambda mtime: (-often[mtime], mtime), default=0)
+        most = max(often.values(), default=0)
+        self.epoch = min((mtime for mtime, inodes in often.items() if inodes == most), default=0)
         seconds, nanoseconds = divmod(self.epoch, SECOND)
         self.compact: Flags = small & (self.mtime == seconds) & (self.mtime_nsec == nanoseconds)
 

@@ -60,6 +60,9 @@ NAME_MAX: Final = 255
 SYMLINK_MAX: Final = 4095
 """Bytes a symlink target may have: PATH_MAX without its NUL."""
 
+PATH_LIMIT: Final = 1 << 16
+"""Bytes a path may have. Not the format's limit but erofsgen's: or a small image could name petabytes of paths."""
+
 XATTR_NAME_MAX: Final = 255
 XATTR_VALUE_MAX: Final = 0xFFFF
 

@@ -7,6 +7,7 @@ and only then come the subdirectories' entries, depth first.
 from __future__ import annotations
 
 import os
+import stat
 from bisect import bisect_right
 from itertools import accumulate
 from typing import Final, NamedTuple
@@ -67,7 +68,7 @@ class TreeTable:
                 targets.append(known)
                 if known == len(inodes):
                     inodes.append(child)
-                    if child.is_dir:
+                    if child.mode & _S_IFMT == stat.S_IFDIR:
                         nlink.append(2)
                         nlink[number] += 1
                         subdirectories.append((known, number))
@@ -110,6 +111,7 @@ class TreeTable:
         return "a file"
 
 
+_S_IFMT: Final = stat.S_IFMT(0xFFFF)
 _RESERVED: Final = frozenset({b"", b".", b".."})
 
 
