@@ -422,7 +422,8 @@ def application_entries(version: int, payload: int) -> Iterator[tuple[tarfile.Ta
     yield directory("opt")
     yield directory("opt/app", **owner)
     yield entry("opt/app/main.py", mode=0o755, content=APPLICATION.encode(), xattrs={"user.origin": b"demo"}, **owner)
-    yield entry("opt/app/alias.py", tarfile.LNKTYPE, linkname="opt/app/main.py")
+    # A link's header repeats its target's attributes, as every real builder writes it: unpackers differ on the rest.
+    yield entry("opt/app/alias.py", tarfile.LNKTYPE, 0o755, linkname="opt/app/main.py", **owner)
     yield entry("opt/app/current", tarfile.SYMTYPE, 0o777, linkname="main.py")
     yield entry("opt/app/VERSION", content=b"%d\n" % version)
     yield entry("opt/app/empty")
@@ -441,7 +442,7 @@ def application_entries(version: int, payload: int) -> Iterator[tuple[tarfile.Ta
     yield entry(f"{deep}/{'n' * 200}", content=b"a path beyond ustar's 256 bytes\n")
     # What the layers below had: a changed directory, a link across layers, whiteouts, an opaque directory.
     yield directory("usr/local/share", 0o2775, gid=50)
-    yield entry("usr/local/bin/python", tarfile.LNKTYPE, linkname="usr/bin/python3.11")
+    yield entry("usr/local/bin/python", tarfile.LNKTYPE, 0o755, linkname="usr/bin/python3.11", mtime=EPOCH)
     yield entry("etc/.wh.issue.net")
     yield entry("usr/share/.wh.debconf")
     yield directory("usr/share/doc")
