@@ -52,6 +52,10 @@ class _Pending(NamedTuple):
     path: bytes
     nid: int
     parent: int
+    entry: int
+    """Byte offset of the directory entry, 0 for the root."""
+    kind: int
+    """The entry's file type."""
 
 
 class _Checker:
@@ -123,11 +127,13 @@ class _Checker:
 
     def _walk(self) -> None:
         root = self._index.superblock.rootnid_2b
-        stack = [_Pending(b"", root, root)]
+        stack = [_Pending(b"", root, root, 0, 0)]
         while stack:
             pending = stack.pop()
             if pending.nid in self._nodes:
                 known = self._nodes[pending.nid]
+                if known is not None:
+                    self._check_type(pending, known[1])
                 if known is not None and stat.S_ISDIR(known[1].mode):
                     self._find(
                         f"{self._at(pending.path, known[1])}: a directory in two places, also /{os.fsdecode(known[0])}"
@@ -141,6 +147,7 @@ class _Checker:
                 if self._left < 0:
                     raise FormatError(f"inode {node.nid}: structures overlap")
                 self._spans.append(_Span(*node.span, f"inode {node.nid}"))
+                self._check_type(pending, node)
                 self._check_xattrs(pending.path, node)
                 self._check_data(pending.path, node)
                 if stat.S_ISDIR(node.mode):
@@ -185,22 +192,18 @@ class _Checker:
                 if kind != fmt.FILE_TYPES[stat.S_IFDIR]:
                     self._find(f"/{os.fsdecode(here)}: entry at byte {offset}: file type {kind}")
                 continue
-            children.append(_Pending(here, nid, node.nid))
+            children.append(_Pending(here, nid, node.nid, offset, kind))
             self._names[nid] = self._names.get(nid, 0) + 1
             if kind == fmt.FILE_TYPES[stat.S_IFDIR]:
                 self._names[node.nid] += 1
-            self._check_type(here, offset, nid, kind)
         for name in dots:
             self._find(f"{self._at(path, node)}: it has no entry {name!r}")
         return children
 
-    def _check_type(self, path: bytes, offset: int, nid: int, kind: int) -> None:
-        try:
-            mode = self._index.node(nid).mode
-        except FormatError:
-            return  # found when the inode is visited
-        if fmt.FILE_TYPES[stat.S_IFMT(mode)] != kind:
-            self._find(f"/{os.fsdecode(path)}: entry at byte {offset}: file type {kind}, its mode is {mode:o}")
+    def _check_type(self, pending: _Pending, node: Node) -> None:
+        if pending.entry and fmt.FILE_TYPES[stat.S_IFMT(node.mode)] != pending.kind:
+            where = f"/{os.fsdecode(pending.path)}: entry at byte {pending.entry}"
+            self._find(f"{where}: file type {pending.kind}, its mode is {node.mode:o}")
 
     def _check_nlink(self, path: bytes, node: Node) -> None:
         names = self._names.get(node.nid, 0) + (node.nid == self._index.superblock.rootnid_2b)

@@ -186,7 +186,8 @@ class Node:
 
         Empty for empty files and for those whose whole content :meth:`inline` returns.
         """
-        return [] if not self.size or self.inline() is not None else self._extents()
+        extents = self._extents() if stat.S_ISREG(self.mode) else []
+        return [] if self.layout != fmt.CHUNK_BASED and self._all_here(extents) else extents
 
     def inline(self) -> bytes | None:
         """The whole content of a regular file, where the image itself holds it, else None; None for empty files."""
@@ -207,13 +208,15 @@ class Node:
 
     def _content(self) -> bytes | None:
         """All bytes of a flat inode, if they are all in the buffer. There may be none."""
+        extents = self._extents()
+        if not self._all_here(extents):
+            return None
         buffer = self._index.buffer
-        content = b""
-        for _, length, device, start in self._extents():
-            if device != 0 or start + length > len(buffer):
-                return None
-            content += buffer[start : start + length]
-        return content
+        return b"".join([buffer[start : start + length] for _, length, _, start in extents])
+
+    def _all_here(self, extents: list[Extent]) -> bool:
+        end = len(self._index.buffer)
+        return all(device == 0 and start + length <= end for _, length, device, start in extents)
 
     def _extents(self) -> list[Extent]:
         if not self.size or not self._has_data:
@@ -305,9 +308,10 @@ class Node:
         if not stat.S_ISDIR(self.mode):
             raise self._error("not a directory")
         size, blocks = self._index.block_size, []
-        for _, length, device, start in self._extents():
-            if device != 0 or start + length > len(self._index.buffer):
-                raise self._error("its entries are not in the image")
+        extents = self._extents()
+        if not self._all_here(extents):
+            raise self._error("its entries are not in the image")
+        for _, length, _, start in extents:
             blocks += [(start + done, min(size, length - done)) for done in range(0, length, size)]
         return blocks
 

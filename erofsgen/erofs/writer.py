@@ -154,8 +154,9 @@ def _write_inodes(image: bytearray, layout: Layout) -> None:
         if not compact:
             records["i_mtime"] = columns.mtime[numbers]
             records["i_mtime_nsec"] = columns.mtime_nsec[numbers]
-        halves = records.view(np.uint8).reshape(len(numbers), -1, ISLOT_SIZE)
-        for half in range(dtype.itemsize // ISLOT_SIZE):
+        parts = dtype.itemsize // ISLOT_SIZE
+        halves = records.view(np.uint8).reshape(len(numbers), parts, ISLOT_SIZE)
+        for half in range(parts):
             slots[at[numbers] + half] = halves[:, half]
 
 
