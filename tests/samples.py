@@ -113,6 +113,7 @@ def _entries(version: int) -> list[tuple[tarfile.TarInfo, bytes]]:
     add("data/block", content=bytes(range(256)) * 16)
     add("data/big", content=big())
     add("data/copy", content=big())
+    add("data/noise", content=random.Random(7).randbytes(1_500_000))
     add("data/edited", content=big(version))
     add("data/grown", content=b"x" * (5000 if first else 5001))
     add("data/zeros", content=bytes(5 << 20))

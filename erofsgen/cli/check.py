@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from erofsgen.cli.shared import Settings, image_argument, verb
+from erofsgen.cli.shared import Settings, image_argument, known_name, verb
 from erofsgen.errors import IntegrityError
 
 
@@ -16,15 +16,17 @@ from erofsgen.errors import IntegrityError
 def command(settings: Settings, images: tuple[str, ...], threads: int | None) -> int:
     """Check every structure, digest and reference.
 
-    Of IMAGES, or of the whole store with all its blobs. Reads manifests, indexes and packs completely: every frame is decompressed and compared with its digest, every
-    chunk with the chunk dictionary's. Exits with 5 if anything is wrong and names what and where.
+    Of IMAGES, or of the whole store with all its blobs. Reads manifests, indexes and packs completely: every frame is
+    decompressed and compared with its digest, every chunk with the chunk dictionary's. Exits with 5 if anything is
+    wrong, and names what and where.
     """
     from erofsgen.cli import output
     from erofsgen.store.check import check
 
     store = settings.open_store()
     with settings.progress() as progress:
-        report = check(store, images or None, threads=threads, progress=progress)
+        names = [known_name(store, image) for image in images] or None
+        report = check(store, names, threads=threads, progress=progress)
     if settings.json:
         output.document(report)
     else:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def command(settings: Settings, image: str, path: str, long: bool, recursive: bool) -> None:
     """List a directory of an image.
 
-    Names come in byte order, hidden ones included, PATH by default from the root. Times are local time; owners are numbers, as the host's names mean nothing to an image.
+    Names come in byte order, hidden ones included; PATH is the root by default. Times are local time; owners are
+    numbers, as the host's names mean nothing to an image.
     """
     from erofsgen.cli import output
     from erofsgen.store.listing import rows

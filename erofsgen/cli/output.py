@@ -73,17 +73,19 @@ def line(text: str = "") -> None:
 
 def document(value: object) -> None:
     """Print ``value`` as the JSON document of a ``--json`` run; msgspec structs and bytes names are understood."""
-    click.echo(json.dumps(value, indent=2, default=_jsonable))
+    click.echo(json.dumps(_plain(value), indent=2))
 
 
-def _jsonable(value: object) -> object:
-    import msgspec
-
+def _plain(value: object) -> object:
+    """``value`` of what JSON has; structs become objects, bytes names."""
     if isinstance(value, bytes):
         return json_name(value)
-    if isinstance(value, msgspec.Struct):
-        return msgspec.structs.asdict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    fields = getattr(value, "__struct_fields__", None)  # a msgspec struct
+    return value if fields is None else {field: _plain(getattr(value, field)) for field in fields}
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:

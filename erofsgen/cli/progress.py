@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TextIO
 
-from erofsgen.cli.output import size
+from erofsgen.cli.output import one_line, size
 from erofsgen.progress import SILENT, Progress, Task
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class _LineTask(_Counter):
 
 def _write(stream: TextIO, text: str) -> None:
     try:
-        stream.write(f"erofsgen: {text}\n")
+        stream.write(f"erofsgen: {one_line(text)}\n")
         stream.flush()
     except OSError:
         pass  # progress nobody can see is no reason to stop
@@ -103,9 +103,9 @@ class _Bars:
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Task]:
         rich = self._start()
-        identity = rich.add_task(label, total=total)
+        identity = rich.add_task(one_line(label), total=total, amount="")
         try:
-            yield _Bar(rich, identity)
+            yield _Bar(rich, identity, total)
         finally:
             rich.remove_task(identity)
 
@@ -113,17 +113,18 @@ class _Bars:
         with self._lock:
             if self._rich is None:
                 from rich.console import Console
-                from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+                from rich.progress import BarColumn, TextColumn
                 from rich.progress import Progress as RichProgress
 
                 self._rich = RichProgress(
                     TextColumn("{task.description}", markup=False),
-                    BarColumn(),
-                    DownloadColumn(binary_units=True),
-                    TransferSpeedColumn(),
+                    BarColumn(bar_width=24),
+                    TextColumn("{task.fields[amount]}", markup=False),
                     console=Console(file=self._stream),
                     refresh_per_second=1 / _DRAW_INTERVAL,
                     transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
                 )
                 self._rich.start()
             return self._rich
@@ -135,10 +136,13 @@ class _Bars:
 
 
 class _Bar(_Counter):
-    def __init__(self, rich: RichProgress, identity: TaskID) -> None:
+    def __init__(self, rich: RichProgress, identity: TaskID, total: int | None) -> None:
         super().__init__(_DRAW_INTERVAL)
         self._rich = rich
         self._identity = identity
+        self._of = f" of {size(total)}" if total else ""
+        self._started = time.monotonic()
 
     def show(self) -> None:
-        self._rich.update(self._identity, completed=self.done)
+        rate = size(int(self.done / max(time.monotonic() - self._started, 0.001)))
+        self._rich.update(self._identity, completed=self.done, amount=f"{size(self.done)}{self._of}, {rate}/s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erofsgen.cli.shared import Settings, image_argument, verb
+from erofsgen.cli.shared import Settings, image_argument, known_name, verb
 
 
 @verb(json=True)
@@ -16,7 +16,7 @@ def command(settings: Settings, images: tuple[str, ...]) -> None:
     from erofsgen.store.inspect import tags
 
     store = settings.open_store(change=True)
-    names = list(dict.fromkeys(tag for image in images for tag in tags(store, image)))
+    names = list(dict.fromkeys(tag for image in images for tag in tags(store, known_name(store, image))))
     for name in names:
         store.untag(name)
     if settings.json:

@@ -58,13 +58,30 @@ class Settings:
         """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""
         from erofsgen.store.image import Image
 
-        return Image.open(self.open_store(), name)
+        store = self.open_store()
+        return Image.open(store, known_name(store, name))
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Where work shows how far it is: bars on a terminal, lines elsewhere, nothing with ``--quiet``."""
         from erofsgen.cli import progress
 
         return progress.reporter(sys.stderr, quiet=self.quiet)
+
+
+def known_name(store: DirectoryStore, name: str) -> str:
+    """``name``, or its canonical form if only that is in the store: ``python:3`` is how Docker Hub's image was asked
+    for and ``docker.io/library/python:3`` how it is called."""
+    references = store.references()
+    if name not in references:
+        from erofsgen.oci.reference import Reference
+
+        try:
+            canonical = str(Reference.parse(name.removeprefix("docker://")))
+        except UsageError:
+            return name
+        if canonical in references:
+            return canonical
+    return name
 
 
 def _data_home() -> Path:

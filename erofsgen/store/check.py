@@ -199,12 +199,13 @@ class _Check:
     def _loose(self, digest: str, size: int, task: Task) -> None:
         """Later builds may use a blob that nothing refers to now: it must be what its name says."""
         hasher = hashlib.sha256()
-        for start in range(0, size, _PIECE):
-            data = self._store.read(digest, start, min(_PIECE, size - start))
-            hasher.update(data)
-            task.advance(len(data))
-        if f"sha256:{hasher.hexdigest()}" != digest:
-            self._problem("", digest, "differs from its digest (no image needs it)")
+        with self._finding(""):
+            for start in range(0, size, _PIECE):
+                data = self._store.read(digest, start, min(_PIECE, size - start))
+                hasher.update(data)
+                task.advance(len(data))
+            if f"sha256:{hasher.hexdigest()}" != digest:
+                self._problem("", digest, "differs from its digest (no image needs it)")
 
     def _parallel(self, work: Callable[[T], R], items: list[T]) -> list[R]:
         with ThreadPoolExecutor(self._threads, "check") as pool:

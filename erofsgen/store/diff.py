@@ -16,16 +16,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from erofsgen.erofs.reader import Node
+from erofsgen.erofs.node import Extent, Node
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.pack.toc import read_dictionary
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.image import Image
 
 _PIECE: Final = 1 << 20
-
-Extent = tuple[int, int, int | None, int]
-"""File offset, length, device (None for a hole), device offset; bytes."""
 
 
 class Change(msgspec.Struct, frozen=True):

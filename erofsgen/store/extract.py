@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
-from erofsgen.erofs.reader import Node
+from erofsgen.erofs.node import Node
 from erofsgen.errors import FormatError, StorageError, UsageError
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.image import Image

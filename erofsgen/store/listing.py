@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from erofsgen.erofs.reader import Node
+from erofsgen.erofs.node import Node
 
 
 class Row(msgspec.Struct, frozen=True):

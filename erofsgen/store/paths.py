@@ -5,7 +5,8 @@ from __future__ import annotations
 import stat
 from typing import Final
 
-from erofsgen.erofs.reader import Index, Node
+from erofsgen.erofs.node import Node
+from erofsgen.erofs.reader import Index
 from erofsgen.errors import NotFoundError
 
 SYMLINK_LIMIT: Final = 40

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Final, Protocol
 
-from erofsgen.erofs.reader import Node
+from erofsgen.erofs.node import Extent, Node
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.extract import Extracted, device_bytes, file_bytes
 from erofsgen.store.image import Image
@@ -127,7 +127,7 @@ class _Archive:
         self._write(bytes(-size % _BLOCK))
         self._bytes += node.size
 
-    def _data(self, inline: bytes, extents: list[tuple[int, int, int | None, int]]) -> Iterator[bytes]:
+    def _data(self, inline: bytes, extents: list[Extent]) -> Iterator[bytes]:
         if inline:
             yield inline
             self._task.advance(len(inline))

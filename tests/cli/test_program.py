@@ -80,7 +80,7 @@ def test_help_imports_no_heavy_library():
         (["build", "x", "--compression-level", "0"], "compression level 0 is not a zstd level"),
         (["build", "x", "--max-devices", "0"], "an image has 1 to 65535 devices"),
         (["build", "x", "--tls-verify=maybe"], "--tls-verify is true or false, not 'maybe'"),
-        (["build", "http:x"], ""),
+        (["build", "https://registry.example/python"], ""),
         (["extract", "image"], "name either a directory or --tar FILE"),
         (["extract", "image", "somewhere", "--tar", "-"], "name either a directory or --tar FILE"),
     ],
@@ -348,7 +348,7 @@ def complete(store: Path, *words: str) -> list[str]:
         "COMP_WORDS": " ".join(["erofsgen", *words]),
         "COMP_CWORD": str(len(words)),
     }
-    return [line.partition(",")[2] for line in run(env=environment).stdout.splitlines()]
+    return [line.partition(",")[2] for line in run(env=environment).stdout.splitlines() if line]
 
 
 def test_completion(sample, tmp_path: Path):
