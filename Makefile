@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
-BENCHES := $(filter-out bench/images.py bench/measure.py,$(wildcard bench/*.py))
+BENCHES := bench/build.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench clean

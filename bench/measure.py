@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,48 +40,47 @@ def run(*command: str | Path, cwd: Path | None = None) -> Run:
 
     Raises SystemExit with what the command printed if it fails.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd)
-        done = threading.Event()
-        peaks = [0]
-
-        def sample() -> None:
-            while not done.wait(SAMPLE_SECONDS):
-                peaks[0] = max(peaks[0], _tree_rss(process.pid))
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        done.set()
-        sampler.join()
-        out.seek(0)
-        err.seek(0)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as facts:
+        os.set_inheritable(facts.fileno(), True)
+        launcher = [sys.executable, "-IS", Path(__file__).with_name("launch.py"), str(facts.fileno())]
+        process = subprocess.Popen(
+            [*launcher, *command], stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, pass_fds=[facts.fileno()]
+        )
+        peak = 0
+        with open(os.pidfd_open(process.pid)) as ended:  # readable when the launcher is a zombie
+            while not select.select([ended], [], [], SAMPLE_SECONDS)[0]:
+                peak = max(peak, sum(_tree_rss(child) for child in _children(process.pid)))
+        process.wait()
+        for file in (out, err, facts):
+            file.seek(0)
         output = out.read().decode(errors="replace")
         if process.returncode:
             sys.stderr.write(output + err.read().decode(errors="replace"))
             raise SystemExit(f"bench: {' '.join(map(str, command))}: exit code {process.returncode}")
-    return Run(
-        seconds=seconds,
-        cpu=usage.ru_utime + usage.ru_stime,
-        peak=max(peaks[0], usage.ru_maxrss * 1024),
-        output=output,
-    )
+        kernel = json.loads(facts.read())
+    return Run(seconds=kernel["seconds"], cpu=kernel["cpu"], peak=max(peak, kernel["peak"]), output=output)
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that this one started and that are still there; none if it has gone itself."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as children:
+                found += map(int, children.read().split())
+    except OSError:
+        pass
+    return found
 
 
 def _tree_rss(pid: int) -> int:
     """Resident bytes of a process and its descendants; 0 for what has gone meanwhile."""
     try:
         with open(f"/proc/{pid}/statm") as statm:
-            total = int(statm.read().split()[1]) * _PAGE
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as children:
-                total += sum(_tree_rss(int(child)) for child in children.read().split())
+            own = int(statm.read().split()[1]) * _PAGE
     except OSError:
         return 0
-    return total
+    return own + sum(_tree_rss(child) for child in _children(pid))
 
 
 @dataclass(frozen=True)

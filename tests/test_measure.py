@@ -36,6 +36,12 @@ def test_short_peaks_are_not_missed(measure):
     assert measure.run(sys.executable, "-c", "b'x' * (90 << 20)").peak >= 90 << 20
 
 
+def test_what_the_bench_itself_holds_is_not_counted(measure):
+    held = b"x" * (90 << 20)
+    assert measure.run("true").peak < 30 << 20
+    assert len(held) == 90 << 20
+
+
 def test_time_and_output(measure):
     result = measure.run("sh", "-c", "sleep 0.3; echo said; echo more >&2")
     assert 0.3 <= result.seconds < 5
