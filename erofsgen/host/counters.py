@@ -1,0 +1,118 @@
+"""What the fill engine counts."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, TypedDict
+
+from erofsgen.host.schedule import Priority, Schedule
+from erofsgen.host.sources import Tiers
+
+_RECENT: Final = 1024
+"""Demands whose latencies are kept."""
+
+
+class SourceStats(TypedDict):
+    """Counters of one source, see :class:`erofsgen.host.sources.Health`."""
+
+    reads: int
+    bytes: int
+    failed: int
+    absent: int
+    bad_frames: int
+
+
+class Stats(TypedDict):
+    """Counters since the start; ``queued``, ``in_flight`` and ``threads`` are of now.
+
+    ``frames`` and ``bytes_written`` are device frames and bytes that targets took; ``bytes_fetched`` are a pack's.
+    ``demands`` had to wait and were served; ``demand_p50`` and ``demand_p95`` are seconds from request to done of the
+    latest 1024 of them.
+    """
+
+    frames: int
+    bytes_fetched: int
+    bytes_written: int
+    reads: int
+    coalesced_reads: int
+    single_flight_hits: int
+    retries: int
+    overtaken_reads: int
+    failed_requests: int
+    expired_requests: int
+    queued: dict[str, int]
+    in_flight: int
+    in_flight_peak: int
+    threads: int
+    demands: int
+    demand_p50: float
+    demand_p95: float
+    sources: dict[str, SourceStats]
+
+
+@dataclass(slots=True)
+class Counters:
+    """The counters that belong to no source, written under the engine's lock."""
+
+    frames: int = 0
+    bytes_fetched: int = 0
+    bytes_written: int = 0
+    reads: int = 0
+    coalesced_reads: int = 0
+    single_flight_hits: int = 0
+    retries: int = 0
+    overtaken_reads: int = 0
+    failed_requests: int = 0
+    expired_requests: int = 0
+    demands: int = 0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+
+    def read_done(self, length: int, frames: int) -> None:
+        """A read brought ``length`` bytes that hold ``frames`` frames."""
+        self.reads += 1
+        self.coalesced_reads += frames > 1
+        self.bytes_fetched += length
+
+    def frame_done(self, size: int) -> None:
+        """A target took a frame of ``size`` device bytes."""
+        self.frames += 1
+        self.bytes_written += size
+
+    def demand_done(self, seconds: float) -> None:
+        """A demand was served."""
+        self.demands += 1
+        self.latencies.append(seconds)
+
+    def stats(self, schedule: Schedule, tiers: Tiers, *, threads: int) -> Stats:
+        """All of it, for the user."""
+        latencies = sorted(self.latencies) or [0.0]
+        return Stats(
+            frames=self.frames,
+            bytes_fetched=self.bytes_fetched,
+            bytes_written=self.bytes_written,
+            reads=self.reads,
+            coalesced_reads=self.coalesced_reads,
+            single_flight_hits=self.single_flight_hits,
+            retries=self.retries,
+            overtaken_reads=self.overtaken_reads,
+            failed_requests=self.failed_requests,
+            expired_requests=self.expired_requests,
+            queued={priority.name.lower(): schedule.lengths[priority] for priority in Priority},
+            in_flight=schedule.held,
+            in_flight_peak=schedule.peak,
+            threads=threads,
+            demands=self.demands,
+            demand_p50=latencies[len(latencies) // 2],
+            demand_p95=latencies[len(latencies) * 95 // 100],
+            sources={
+                source.name: SourceStats(
+                    reads=health.reads,
+                    bytes=health.bytes,
+                    failed=health.failed,
+                    absent=health.absent,
+                    bad_frames=health.bad,
+                )
+                for source, health in zip(tiers.sources, tiers.health, strict=True)
+            },
+        )
