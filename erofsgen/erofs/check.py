@@ -120,6 +120,8 @@ class _Checker:
         start = index.superblock.devt_slotoff * fmt.DEVICE_SLOT.size
         self._spans.append(_Span(start, start + len(index.devices) * fmt.DEVICE_SLOT.size, "device table"))
         for number, (device, address) in enumerate(zip(index.devices, index.device_starts, strict=True), 1):
+            if not device.blocks or not device.tag:
+                self._find(f"device {number}: its slot has no blocks or no tag")
             if address and address < index.superblock.blocks_lo:
                 self._find(f"device {number}: unified address {address} lies in the image itself")
             if address + device.blocks > fmt.NULL_ADDR:
@@ -171,8 +173,9 @@ class _Checker:
             self._find(f"{self._at(path, node)}: a special file of {node.size} bytes")
 
     def _check_directory(self, path: bytes, node: Node, parent: int) -> list[_Pending]:
+        tail = node.span[1] - node.tail_size if node.tail_size else None
         for start, used in node.dir_blocks():
-            if not node.span[0] <= start < node.span[1]:
+            if start != tail:
                 self._spans.append(_Span(start, start + used, f"directory {node.nid}"))
         if len(path) > fmt.PATH_LIMIT:
             raise FormatError(f"inode {node.nid}: its path has {len(path)} bytes")

@@ -51,6 +51,9 @@ class FileMap:
             raise FormatError(f"a chunk size of {chunk_size} is no power of two from {BLOCK_SIZE} to 8 TiB")
         if len(blocks) > MAX_DEVICES:
             raise UnsupportedError(f"{len(blocks)} devices, EROFS has slots for {MAX_DEVICES}")
+        for slot, size in enumerate(blocks, 1):
+            if not 0 < size < NULL_ADDR:
+                raise FormatError(f"device {slot}: {size} blocks")
         self._tree = tree
         self.numbers = np.array(numbers, np.int64)
         self.device_start = np.concatenate(([0], np.cumsum(np.array(blocks, np.int64))))

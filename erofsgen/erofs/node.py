@@ -57,6 +57,10 @@ class Node:
     size: int
     mtime: int
     rdev: int
+    tail_size: int
+    """Bytes of inline data behind inode and attributes."""
+    table_size: int
+    """Bytes of the chunk table there."""
 
     __slots__ = (
         "_index",
@@ -73,6 +77,8 @@ class Node:
         "nlink",
         "rdev",
         "size",
+        "table_size",
+        "tail_size",
         "uid",
         "xattr_size",
     )
@@ -104,7 +110,7 @@ class Node:
             )
             self.mtime = mtime * 1_000_000_000 + nsec
         self.mode = mode
-        self.rdev = 0
+        self.rdev = self.tail_size = self.table_size = 0
         self.xattr_size = ibody_size(icount)
         if format_ & ~fmt.I_ALL or self.layout not in _LAYOUTS:
             raise self._error(f"format {format_:#x} is not known")
@@ -115,15 +121,19 @@ class Node:
             raise self._error(f"a size of {self.size} bytes")
         if start + self.isize + self.xattr_size > len(buffer):
             raise self._error("its xattrs go beyond the image")
-        if kind in (stat.S_IFCHR, stat.S_IFBLK):
-            self.rdev = os.makedev(*fmt.decode_dev(self._union))
-        elif self.layout == fmt.FLAT_INLINE:
+        if kind not in _WITH_DATA:
+            if kind in (stat.S_IFCHR, stat.S_IFBLK):
+                self.rdev = os.makedev(*fmt.decode_dev(self._union))
+        elif self.layout == fmt.FLAT_INLINE and self.size:
+            # a last block that is full is inlined in whole, as the kernel has it
+            self.tail_size = ((self.size - 1) & (index.block_size - 1)) + 1
             at = self._head_end
             if (at & (index.block_size - 1)) + self.tail_size > index.block_size or at + self.tail_size > len(buffer):
                 raise self._error("its inline data crosses a block or the end of the image")
         elif self.layout == fmt.CHUNK_BASED:
             if kind != stat.S_IFREG or self._union & 0xFFFF & ~fmt.CHUNK_FORMAT_ALL:
                 raise self._error(f"chunk format {self._union:#x} is not known")
+            self.table_size = ((self.size + (1 << self._chunk_bits) - 1) >> self._chunk_bits) * self._table_unit
             if self._table_start + self.table_size > len(buffer):
                 raise self._error("its chunk table goes beyond the image")
 
@@ -146,26 +156,6 @@ class Node:
     @property
     def _chunk_bits(self) -> int:
         return self._index.block_bits + (self._union & fmt.CHUNK_FORMAT_BLKBITS_MASK)
-
-    @property
-    def _has_data(self) -> bool:
-        """Whether a size means bytes that are somewhere."""
-        return stat.S_IFMT(self.mode) in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
-
-    @property
-    def table_size(self) -> int:
-        """Bytes of the chunk table."""
-        if self.layout != fmt.CHUNK_BASED or not self._has_data:
-            return 0
-        return (self.size + (1 << self._chunk_bits) - 1 >> self._chunk_bits) * self._table_unit
-
-    @property
-    def tail_size(self) -> int:
-        """Bytes of inline data behind the inode."""
-        if self.layout != fmt.FLAT_INLINE or not self.size or not self._has_data:
-            return 0
-        # a last block that is full is inlined in whole, as the kernel has it
-        return ((self.size - 1) & (self._index.block_size - 1)) + 1
 
     def extent_in_index(self) -> int:
         """Bytes of the image that are this inode's alone: itself, attributes, tail or table, a directory's blocks."""
@@ -219,8 +209,6 @@ class Node:
         return all(device == 0 and start + length <= end for _, length, device, start in extents)
 
     def _extents(self) -> list[Extent]:
-        if not self.size or not self._has_data:
-            return []
         if self.layout == fmt.CHUNK_BASED:
             return self._chunk_extents()
         stored = self.size - self.tail_size
@@ -376,4 +364,5 @@ class Node:
         return pairs + [self._index.shared_xattr(number) for number in shared]
 
 
+_WITH_DATA = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
 _LAYOUTS = frozenset({fmt.FLAT_PLAIN, fmt.FLAT_INLINE, fmt.CHUNK_BASED})

@@ -12,6 +12,7 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -166,10 +167,13 @@ class Index:
         return 0, block, max(self.device_blocks(0) - block, 0)
 
     def device_blocks(self, device: int) -> int:
-        """Blocks of a device by its id, 0 for the image itself. A device that does not exist has none."""
+        """Blocks of a device by its id, 0 for the image itself. A device that does not exist has none.
+
+        mkfs.erofs 1.5 leaves slots empty: a device that claims no blocks has as many as can be addressed.
+        """
         if device == 0:
             return max(self.superblock.blocks_lo, len(self.buffer) >> self.block_bits)
-        return self.devices[device - 1].blocks if device <= len(self.devices) else 0
+        return self.devices[device - 1].blocks or fmt.NULL_ADDR if device <= len(self.devices) else 0
 
     def shared_xattr(self, number: int) -> tuple[bytes, bytes] | None:
         """The attribute of this id in the shared area, None if kernels hide it."""
@@ -216,7 +220,7 @@ class Index:
             for number, (start, device) in enumerate(zip(self.device_starts, self.devices, strict=True), 1)
             if start and device.blocks
         )
-        for (_, end, number), (other_start, _, other) in zip(self._ranges, self._ranges[1:], strict=False):
+        for (_, end, number), (other_start, _, other) in pairwise(self._ranges):
             if other_start < end:
                 raise FormatError(f"devices {number} and {other} overlap in the unified address space")
 

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import Final, NamedTuple
 
-from erofsgen.erofs.format import BLOCK_SIZE, DIRENT, NAME_MAX
+from erofsgen.erofs.format import BLOCK_SIZE, DIRENT, NAME_MAX, PATH_LIMIT
 from erofsgen.erofs.tree import Inode, walk
 from erofsgen.errors import FormatError, UnsupportedError
 
@@ -32,7 +32,8 @@ class TreeTable:
     ``names`` and ``targets`` hold every directory entry of the image, "." and ".." included: a name and the number of
     the inode it names. A directory's entries are consecutive and in byte order.
 
-    Raises FormatError (a name no directory can hold, a directory in two places), UnsupportedError (a name too long).
+    Raises FormatError (a name no directory can hold, a directory in two places), UnsupportedError (a name or a path
+    that is too long).
     """
 
     def __init__(self, root: Inode) -> None:
@@ -50,9 +51,13 @@ class TreeTable:
     def _number(self, root: Inode) -> None:
         inodes, nlink, targets = self.inodes, self.nlink, self.targets
         numbers = {id(root): 0}
-        stack = [(0, 0)]
+        stack = [(0, 0, 0)]
         while stack:
-            number, parent = stack.pop()
+            number, parent, path = stack.pop()
+            if path > PATH_LIMIT:
+                raise UnsupportedError(
+                    f"{self.path(inodes[number])}: a path of {path} bytes, {PATH_LIMIT} is the limit"
+                )
             children = inodes[number].children or {}
             names = [*children, b".", b".."]
             names.sort()
@@ -71,7 +76,7 @@ class TreeTable:
                     if child.mode & _S_IFMT == stat.S_IFDIR:
                         nlink.append(2)
                         nlink[number] += 1
-                        subdirectories.append((known, number))
+                        subdirectories.append((known, number, path + (path > 0) + len(name)))
                     else:
                         nlink.append(1)
                 elif child.is_dir:
