@@ -10,12 +10,15 @@
     ├── mnt/, upper/, mounts/      see erofsgen.host.mounts
     └── lock.mounts
 
-Nothing is written to a file before its digest was checked, and a file gets its name only when all of it is durable
-(fdatasync, then rename): a name is a promise that holds after a power failure. What a crash leaves is a ``.part``,
-and the next to fill it takes over the frames whose digests are right.
+Nothing is written to a file before its digest was checked, and a file gets its name when all of it is written, not
+when all of it is on the disk: on a slow disk that would be most of a mount's time. Until it is, the file carries the id
+of the boot that wrote it (``user.erofsgen.boot``), and counts in that boot only: the page cache has its bytes. In any
+later boot it is a ``.part`` again, like those that a crash leaves, and frames count as present where their digests say
+so. The mark goes once the file is synced, a minute later at the earliest, when that costs nothing, by whoever mounts
+or unmounts then. A file system without extended attributes has files synced before they get their names.
 
-Locks: the ``.part`` file itself, exclusive, by whoever fills it; others wait, then find the work done. A process
-waits for a lock only while the ``.part`` files it holds are past their last wait, so no two wait for each other.
+Locks: the ``.part`` file itself, exclusive, by whoever fills it; others wait, then find the work done. A process holds
+one at a time.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +52,11 @@ _BATCH: Final = 4 << 20
 _READERS: Final = 2
 """Threads per core: one may wait for the store or the disk while another decompresses."""
 
-_COMMITS: Final = 2
-"""Packs that may wait for the disk while the next is filled."""
+_BOOT: Final = "user.erofsgen.boot"
+"""Extended attribute of a file that may not be on the disk yet: id of the boot that wrote it."""
+
+_SETTLED: Final = 60
+"""Seconds after which the kernel has written a file by itself: dirty_expire_centisecs, and then some."""
 
 
 class HostCache:
@@ -88,36 +95,32 @@ class HostCache:
         what reading the store raises. Packs complete by then stay; nothing half-made does.
         """
         index = self.index(image)
-        missing = {pack.hex: pack for pack in image.packs if not self.pack_path(pack.hex).exists()}
-        commits: list[Future[None]] = []
+        missing = {pack.hex: pack for pack in image.packs if not _counts(self.pack_path(pack.hex))}
         with (
             progress.task("packs", sum(pack.device_size for pack in missing.values())) as task,
             ThreadPoolExecutor(self._threads, "fill") as fill,
-            ThreadPoolExecutor(_COMMITS, "commit") as commit,
         ):
             for pack in missing.values():
                 part = _Part.open(self.pack_path(pack.hex))
                 if part is None:  # another process has done it
                     task.advance(pack.device_size)
                     continue
-                try:
+                with part:
                     resume = part.found or (pack.raw and part.share_extents(image.store, pack.digest))
                     part.resize(pack.device_size)
                     toc = open_pack(image.store, pack).toc
                     _Filler(image.store, pack.digest, toc, part, 0, task, resume=resume).run(fill)
-                except BaseException:
-                    part.drop()
-                    raise
-                commits.append(commit.submit(part.commit))
-            for done in commits:
-                done.result()
-        return index, [self.pack_path(pack.hex) for pack in image.packs]
+                    part.commit()
+        devices = [self.pack_path(pack.hex) for pack in image.packs]
+        settle([index, *devices])
+        return index, devices
 
     def materialise_flat(self, image: Image, progress: Progress = SILENT) -> Path:
         """Make all of the image local in one file. Raises as :meth:`materialise` does."""
         path = self._image_path(image, "flat")
         part = _Part.open(path)
         if part is None:
+            settle([path])
             return path
         with (
             part,
@@ -137,36 +140,79 @@ class HostCache:
         return self.root / "images" / f"{image.digest.removeprefix('sha256:')}.{suffix}"
 
 
-class _Part:
-    """A file being made, locked. It is ``path`` after :meth:`commit` and gone when left without.
+def settle(paths: Iterable[Path]) -> None:
+    """Sync files that have been written long enough ago for that to cost nothing; they count in every boot then.
 
-    ``found``: a crash left it, and some of its frames may be right.
+    A file that cannot be synced does not hold what it should: it is removed.
+    """
+    for path in paths:
+        with storage(path), suppress(FileNotFoundError):  # another process found it bad
+            if _boot_of(path) is None or time.time() - os.stat(path).st_mtime < _SETTLED:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(descriptor)
+            except OSError:
+                os.unlink(path)
+                raise
+            finally:
+                os.close(descriptor)
+            with suppress(OSError):  # another process was first
+                os.removexattr(path, _BOOT)
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file is there and its bytes are known to be right."""
+    with storage(path):
+        try:
+            os.stat(path)
+            return _boot_of(path) in (None, linux.boot_id())
+        except FileNotFoundError:
+            return False
+
+
+def _boot_of(path: Path) -> str | None:
+    try:
+        return os.getxattr(path, _BOOT).decode()
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+class _Part:
+    """A file being made, locked. It is ``path`` after :meth:`commit`, and gone when left without.
+
+    ``found``: a crash or another boot left it, and some of its frames may be right. Left without commit it stays.
     """
 
-    def __init__(self, path: Path, part: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, part: Path, descriptor: int, *, suspect: bool) -> None:
         self.path = path
         self.descriptor = descriptor
         self.found = os.fstat(descriptor).st_size > 0
         self._part = part
+        self._suspect = suspect
 
     @classmethod
     def open(cls, path: Path) -> _Part | None:
-        """Begin to make ``path``, after whoever else is at it. None: it exists."""
+        """Begin to make ``path``, after whoever else is at it. None: it is there."""
         part = path.with_name(path.name + ".part")
-        while True:
-            if path.exists():
-                return None
-            with storage(part):
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    # while this process waited, the file may have been committed or dropped
-                    if _is(part, descriptor):
-                        return cls(path, part, descriptor)
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                os.close(descriptor)
+        while not _counts(path):
+            with storage(part), ExitStack() as undo:
+                descriptor = _open_locked(part)
+                undo.callback(os.close, descriptor)
+                # while this process waited, the file may have been committed or dropped
+                if not _is(part, descriptor):
+                    continue
+                if _counts(path):
+                    os.unlink(part)
+                    continue
+                if path.exists():
+                    # another boot's: that becomes the file being made, locked before it is where others look for one
+                    return cls(path, part, _take_over(path, part), suspect=True)
+                undo.pop_all()
+                return cls(path, part, descriptor, suspect=False)
+        return None
 
     def resize(self, size: int) -> None:
         with storage(self._part):
@@ -202,21 +248,22 @@ class _Part:
         return True
 
     def commit(self) -> None:
-        """Make the file durable, then visible."""
-        try:
-            with storage(self._part):
+        """Give the file its name."""
+        with storage(self._part):
+            if self._suspect:
                 os.fdatasync(self.descriptor)
-                os.rename(self._part, self.path)
-        except BaseException:
-            self.drop()
-            raise
+                os.removexattr(self.descriptor, _BOOT)
+            elif not _mark(self.descriptor):
+                os.fdatasync(self.descriptor)
+            os.rename(self._part, self.path)
         self._close()
 
     def drop(self) -> None:
-        """Remove the file, unless it was committed or dropped."""
+        """Give up, unless the file was committed."""
         if self.descriptor >= 0:
-            with suppress(OSError):
-                os.unlink(self._part)
+            if not self.found:
+                with suppress(OSError):
+                    os.unlink(self._part)
             self._close()
 
     def _close(self) -> None:
@@ -294,6 +341,37 @@ def _batches(toc: Toc) -> Iterator[tuple[int, int]]:
 def _index_bytes(image: Image) -> bytes:
     _ = image.index  # checks that its devices are the manifest's packs
     return image.index_bytes()
+
+
+def _mark(descriptor: int) -> bool:
+    """Let a file count in this boot only. False where the file system cannot keep that."""
+    try:
+        os.setxattr(descriptor, _BOOT, linux.boot_id().encode())
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def _open_locked(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _take_over(path: Path, part: Path) -> int:
+    descriptor = _open_locked(path)
+    try:
+        os.rename(path, part)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _is(path: Path, descriptor: int) -> bool:

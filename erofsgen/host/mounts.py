@@ -16,7 +16,7 @@ from pathlib import Path
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, StorageError, UnsupportedError, UsageError
 from erofsgen.host import linux, superblock
-from erofsgen.host.cache import HostCache, storage
+from erofsgen.host.cache import HostCache, settle, storage
 from erofsgen.host.holders import holders
 from erofsgen.host.mountstate import How, MountInfo, MountStates, namespace
 from erofsgen.host.overlay import Upper
@@ -137,6 +137,8 @@ def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:
                 raise UnsupportedError(f"{path}: unmounting is not permitted", hint="run as root") from error
             raise StorageError(f"{path}: {error.strerror}") from error
         states.forget(info)
+    with suppress(StorageError):  # a file that cannot be synced is removed from the cache: no matter of this mount
+        settle(Path(path) for path in (info.index, *info.devices))
     return info
 
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from handmade import CHUNK, chunks_of, contents
 
-from erofsgen.errors import IntegrityError, NotFoundError, StorageError
+from erofsgen.errors import IntegrityError, NotFoundError, RemoteError, StorageError
+from erofsgen.host import linux
 from erofsgen.host.cache import HostCache
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import open_pack
@@ -143,6 +146,138 @@ def test_a_crashed_fill_is_taken_over(sample, tmp_path, monkeypatch):
     check_complete(sample.image, *cache.materialise(sample.image))
     frames = [(offset, length) for offset, length in ranges if offset < pack.toc.offset]
     assert frames[0] == (int(toc.offsets[1]), int(toc.sizes[1])), "the frame that was right is not read again"
+
+
+BOOT = "user.erofsgen.boot"
+
+
+def test_another_boot_trusts_digests_only(sample, tmp_path, monkeypatch):
+    """What was not synced may have been lost with the power, and a file may have its size but not its bytes."""
+    cache = HostCache(tmp_path / "root")
+    index, devices = cache.materialise(sample.image)
+    boots = {os.getxattr(path, BOOT).decode() for path in (index, *devices)}
+    assert boots == {linux.boot_id()}
+    toc = open_pack(sample.image.store, sample.image.packs[0]).toc
+    lost = int(toc.device_offsets[1])
+    with devices[0].open("r+b") as file:
+        file.seek(lost)
+        file.write(bytes(int(toc.device_sizes[1])))
+    devices[1].unlink()
+    index.write_bytes(bytes(index.stat().st_size))
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    read = DirectoryStore.read
+    fetched = []
+
+    def recording(self, digest, offset, length):
+        fetched.append((digest, offset))
+        return read(self, digest, offset, length)
+
+    monkeypatch.setattr(DirectoryStore, "read", recording)
+    check = cache.materialise(sample.image)
+    data = [(digest, offset) for digest, offset in fetched if digest == sample.image.packs[0].digest]
+    assert (sample.image.packs[0].digest, 0) not in data, "the first frame was right"
+    assert (sample.image.packs[0].digest, int(toc.offsets[1])) in data
+    check_complete(sample.image, *check)
+    assert leftovers(cache.root) == []
+    # what another boot left has been synced and counts always, what was fetched now counts in this boot
+    marked = {path.name: BOOT in os.listxattr(path) for path in (index, *devices)}
+    assert marked == {index.name: False, devices[0].name: False, devices[1].name: True, devices[2].name: False}
+
+
+def test_another_boot_without_the_store(sample, tmp_path, monkeypatch):
+    """Bytes that cannot be checked right now are not thrown away."""
+    cache = HostCache(tmp_path / "root")
+    _, devices = cache.materialise(sample.image)
+    kept = devices[0].stat().st_ino
+
+    def unreachable(self, digest, offset, length):
+        raise RemoteError("unreachable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linux, "boot_id", lambda: "another boot")
+        patch.setattr(DirectoryStore, "read", unreachable)
+        with pytest.raises(RemoteError):
+            cache.materialise(sample.image)
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    check_complete(sample.image, *cache.materialise(sample.image))
+    assert devices[0].stat().st_ino == kept
+    assert leftovers(cache.root) == []
+
+
+def test_flat_images_of_another_boot(sample, tmp_path, monkeypatch):
+    cache = HostCache(tmp_path / "root")
+    flat = cache.materialise_flat(sample.image)
+    right = flat.read_bytes()
+    flat.write_bytes(right[: len(right) // 2])
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    assert cache.materialise_flat(sample.image).read_bytes() == right
+
+
+def test_old_files_are_settled(sample, tmp_path, monkeypatch):
+    cache = HostCache(tmp_path / "root")
+    index, devices = cache.materialise(sample.image)
+    for path in (index, *devices[:2]):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    cache.materialise(sample.image)
+    assert [BOOT in os.listxattr(path) for path in (index, *devices)] == [False, False, False, True]
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    progress = CountingProgress()
+    check_complete(sample.image, *cache.materialise(sample.image, progress))
+    assert progress.done == sample.image.packs[2].device_size
+
+
+def test_a_file_that_cannot_be_settled_goes(sample, tmp_path, monkeypatch):
+    cache = HostCache(tmp_path / "root")
+    _, devices = cache.materialise(sample.image)
+    os.utime(devices[1], (0, 0))
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(StorageError, match="Input/output error"):
+            cache.materialise(sample.image)
+    assert [path.exists() for path in devices] == [True, False, True]
+    check_complete(sample.image, *cache.materialise(sample.image))
+
+
+def test_without_extended_attributes(sample, tmp_path, monkeypatch):
+    """Then a file is on the disk before it has its name."""
+    synced = []
+
+    def unsupported(*arguments):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def sync(descriptor):
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        assert name.endswith(".part")
+        synced.append(name)
+
+    monkeypatch.setattr(os, "setxattr", unsupported)
+    monkeypatch.setattr(os, "getxattr", unsupported)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    cache = HostCache(tmp_path / "root")
+    check_complete(sample.image, *cache.materialise(sample.image))
+    assert len(synced) == 4
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(DirectoryStore, "read", lambda *arguments: pytest.fail("the store was read"))
+    cache.materialise(sample.image)
+
+
+def test_two_processes_after_another_boot(sample, store_dir, tmp_path):
+    root = tmp_path / "root"
+    _, devices = HostCache(root).materialise(sample.image)
+    for path in devices:
+        os.setxattr(path, BOOT, b"another boot")
+        with path.open("r+b") as file:
+            file.write(b"damage")
+    children = [in_child(MATERIALISE, root, store_dir, 0.05) for _ in range(3)]
+    for child in children:
+        child.communicate(timeout=60)
+    assert [child.returncode for child in children] == [0, 0, 0]
+    check_complete(sample.image, *HostCache(root).materialise(sample.image))
+    assert leftovers(root) == []
 
 
 def in_child(code, *arguments):
