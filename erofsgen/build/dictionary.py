@@ -103,13 +103,13 @@ class Dictionary:
         with self._env.begin(write=True) as transaction:
             gone = 0
             with transaction.cursor(self._chunks) as cursor:
-                alive = cursor.first()
-                while alive:
-                    if _VALUE.unpack(cursor.value())[0] in self.packs:
-                        alive = cursor.next()
+                cursor.first()
+                while value := cursor.value():
+                    if _VALUE.unpack(value)[0] in self.packs:
+                        cursor.next()
                     else:
                         gone += 1
-                        alive = cursor.delete()
+                        cursor.delete()  # and stand on the next
             with transaction.cursor(self._packs) as cursor:
                 for key in [bytes(key) for key in cursor.iternext(values=False)]:
                     if _NUMBER.unpack(key)[0] not in self.packs:

@@ -20,7 +20,7 @@ def store(tmp_path):
 
 
 def new_pack(store: DirectoryStore, texts: list[bytes]) -> NewPack:
-    with Packer(store, level=1, threads=1, pack_size=1 << 20) as packer:
+    with Packer(store, level=1, threads=1, pack_size=8 << 20) as packer:
         for text in texts:
             packer.add(text, blake3(text).digest(), raw=False)
         (pack,) = packer.flush()
