@@ -17,11 +17,14 @@ import zstandard
 
 from erofsgen.errors import FormatError
 
-GzipFile: Any
+GzipFile: Any = gzip.GzipFile
+DeflateError: type[Exception] = zlib.error
 try:
-    from isal.igzip import IGzipFile as GzipFile
+    from isal import igzip, isal_zlib
 except ImportError:  # a platform without ISA-L: same bytes, a third of the speed
-    from gzip import GzipFile
+    pass
+else:
+    GzipFile, DeflateError = igzip.IGzipFile, isal_zlib.error
 
 READ_SIZE: Final = 512 << 10
 """Compressed bytes asked for at a time."""
@@ -55,7 +58,7 @@ class _Gzip:
             return int(self._file.readinto(buffer))
         except EOFError:
             raise FormatError("gzip data ends before its end marker") from None
-        except (gzip.BadGzipFile, zlib.error, OverflowError) as error:
+        except (gzip.BadGzipFile, DeflateError, OverflowError) as error:
             raise FormatError(f"bad gzip data: {error}") from None
 
 

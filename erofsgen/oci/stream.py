@@ -237,11 +237,10 @@ class _Blob:
         return self._head
 
     def read(self, size: int = READ_SIZE) -> bytes:
-        data = self._head
-        if data:
-            self._head = b""
-        else:
-            data = self._raw.read(READ_SIZE if size < 0 else size)
+        if size < 0:
+            size = READ_SIZE
+        data = self._head[:size] or self._raw.read(size)
+        self._head = self._head[size:]
         self._account(data)
         return data
 

@@ -188,7 +188,11 @@ class TarReader:
         self._offset = stream.tell() - BLOCK
         field = header[_CHECKSUM].tobytes()
         total += 8 * 0x20 + 1 - (adler32(field) & 0xFFFF)
-        if self._numbers[field] != total and self._numbers[field] != total - 256 * _high_bytes(header):
+        try:
+            stored = self._numbers[field]
+        except FormatError:
+            stored = -1
+        if stored != total and stored != total - 256 * _high_bytes(header):
             self._name = b""
             raise FormatError("bad header checksum" if self._offset else "this is not a tar archive")
         return header
@@ -231,7 +235,9 @@ class TarReader:
 
     def _apply_meta(self, inode: Inode, name: bytes, size: int) -> tuple[bytes, bytes, int, pax.Records]:
         """Let the extended headers override the member's own: returns name, link target, size, and all records."""
-        records = {key: value for key, value in (self._globals | self._records).items() if value}
+        records = self._globals | self._records if self._globals else self._records
+        if b"" in records.values():  # an empty value takes a record back, but an attribute may be empty
+            records = {key: value for key, value in records.items() if value or key.startswith(pax.XATTR)}
         if b"size" in records:
             size = pax.number(b"size", records[b"size"])
         if b"uid" in records:
