@@ -62,6 +62,9 @@ class State(IntEnum):
 
 
 _READY: Final = bytes((State.WRITTEN, State.DURABLE))
+_FEW: Final = 32
+"""Frames that are looked at sooner than numpy is called."""
+
 _MISSING_OF: Final = bytes(value not in _READY for value in range(256))
 _AFTER_BOOT: Final = bytes((State.ABSENT, State.SUSPECT, State.DURABLE, State.SUSPECT)).ljust(256, b"\0")
 
@@ -123,8 +126,11 @@ class Presence:
 
     def missing(self, frames: range) -> list[int]:
         """Those of ``frames`` (of step 1) that cannot be read, in order."""
-        missing = self._states(frames.start, frames.stop).translate(_MISSING_OF)
-        found: list[int] = (np.flatnonzero(np.frombuffer(missing, np.uint8)) + frames.start).tolist()
+        states = self._states(frames.start, frames.stop)
+        if len(states) <= _FEW:
+            return [frame for frame, state in zip(frames, states, strict=True) if state not in _READY]
+        missing = np.frombuffer(states.translate(_MISSING_OF), np.uint8)
+        found: list[int] = (np.flatnonzero(missing) + frames.start).tolist()
         return found
 
     def written(self) -> list[int]:

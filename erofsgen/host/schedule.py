@@ -52,6 +52,9 @@ class Priority(IntEnum):
     """Repair of what nobody asked for."""
 
 
+_PRIORITIES: Final = tuple(Priority)
+
+
 class Target(Protocol):
     """The sink: one pack's bytes on this host. Hashable; methods are called by several threads at once."""
 
@@ -313,7 +316,7 @@ class Schedule:
     def _next(self) -> deque[Frame] | None:
         """The queue whose first frame is to be worked on."""
         memory_left = True
-        for priority in Priority:
+        for priority in _PRIORITIES:
             background = priority is not Priority.DEMAND
             if background and self._background_busy >= self._background_threads:
                 return None
@@ -340,8 +343,12 @@ class Schedule:
         return False
 
     def _fits(self, frame: Frame) -> bool:
-        limit = self._memory if frame.priority is Priority.DEMAND else self._background_memory
-        return not self.held or self.held + sum(_sizes(frame)) <= limit
+        if not self.held:
+            return True
+        if frame.priority is Priority.DEMAND:
+            return self.held + sum(_sizes(frame)) <= self._memory
+        # Room for a large read, or reads would become as small as what comes free
+        return self.held + max(self._batch, sum(_sizes(frame))) <= self._background_memory
 
     def _read(self, frame: Frame) -> Read:
         """A read of a queued frame and of its neighbours like it."""
