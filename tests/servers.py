@@ -205,7 +205,8 @@ class Handler(BaseHTTPRequestHandler):
             with registry.lock:
                 registry.issued += 1
                 token = f"token-{registry.issued}"
-                (registry.tokens or set()).add(token) if registry.tokens is not None else None
+                if registry.tokens is not None:
+                    registry.tokens.add(token)
             self.answer(json.dumps({"token": token, "expires_in": registry.expires_in}).encode())
             return
         if registry.tokens is not None and not self._let_in():

@@ -18,7 +18,7 @@ import msgspec
 
 from erofsgen.errors import RemoteError
 from erofsgen.oci.auth import Credentials
-from erofsgen.oci.httpclient import HttpClient, failure, printable, read_error
+from erofsgen.oci.httpclient import HttpClient, failure, printable
 
 _TOKEN_LIMIT: Final = 1 << 20
 _TOKEN: Final = re.compile(r"[\x21-\x7e]+")
@@ -162,7 +162,7 @@ class Authorizer:
         if response.status_code in (400, 401, 403):
             refused = f"{response.url.host} refused {'the credentials' if known else 'anonymous access'}"
             return RemoteError(f"{refused} for {self._registry}/{self._repository}", hint=login_hint(self._registry))
-        return failure(response, f"a token for {self._registry}", read_error(response))
+        return failure(response, f"a token for {self._registry}", self._http.error_text(response))
 
 
 def login_hint(registry: str) -> str:

@@ -164,7 +164,7 @@ class _Download:
         """Continue what an earlier run left behind."""
         if os.fstat(self._file.fileno()).st_size > self._blob.size:
             self._restart()
-        while piece := self._file.read(_READ):
+        while piece := self._file.read(min(_READ, self._blob.size - self._have)):
             self._hash.update(piece)
             self._advance(len(piece))
         return self._have > 0
@@ -232,7 +232,7 @@ class _Download:
 
 
 def _create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o600)
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

@@ -14,11 +14,12 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import httpx
 import msgspec
@@ -127,8 +128,8 @@ class HttpClient:
         self._registry = registry
         self._tls_verify = tls_verify
         self._lock = threading.Lock()
-        self._clients: dict[tuple[bool, bool], httpx.Client] = {}
-        self._open: set[httpx.Response] = set()
+        self._clients: dict[tuple[str, bool, bool], httpx.Client] = {}
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
     def may_use(self, url: httpx.URL) -> bool:
         """Whether a secret may travel to ``url``: over TLS, within this machine, or the user gave up on TLS."""
@@ -176,6 +177,17 @@ class HttpClient:
                 raise Transient(RemoteError(f"{where} is too slow with {what}"))
         return bytes(data)
 
+    def error_text(self, response: httpx.Response) -> str:
+        """The start of an error's body. Never raises: the status is what counts."""
+        data = bytearray()
+        deadline = time.monotonic() + self.policy.document_timeout
+        with suppress(httpx.HTTPError):
+            for piece in response.iter_raw():
+                data += piece
+                if len(data) >= _ERROR_BODY or time.monotonic() > deadline:
+                    break
+        return bytes(data[:_ERROR_BODY]).decode("utf-8", "replace")
+
     def pieces(self, response: httpx.Response) -> Iterator[bytes]:
         """A long body as it comes. Raises Transient (slower than the policy's ``min_rate``)."""
         began, received = time.monotonic(), 0
@@ -194,15 +206,8 @@ class HttpClient:
         """Break what is running and close all connections."""
         self.stop.set()
         with self._lock:
-            running = list(self._open)
-        for response in running:
-            stream = response.extensions.get("network_stream")
-            connection = stream.get_extra_info("socket") if stream else None
-            if connection is not None:
-                with suppress(
-                    OSError
-                ):  # wakes a thread that waits for bytes; TLS's own shutdown is not safe to call here
-                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
+            for connection in self._sockets:
+                _break(connection)
 
     def dispose(self) -> None:
         """Free the connections, once no thread uses them any more."""
@@ -220,31 +225,42 @@ class HttpClient:
             if self.stop.is_set():
                 raise RemoteError(f"the request to {where} was given up")
             client = self._client(url)
-            response = client.send(client.build_request(method, url, headers=headers, data=form), stream=True)
-        with self._lock:
-            self._open.add(response)
+            request = client.build_request(method, url, headers=headers, data=form, extensions={"trace": self._trace})
+            response = client.send(request, stream=True)
         try:
             with _translated(where):
                 yield response
         finally:
-            with self._lock:
-                self._open.discard(response)
             response.close()
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """httpcore tells what it does: each new connection's socket is kept, to be broken by :meth:`close`."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(connection)
+                if self.stop.is_set():
+                    _break(connection)
 
     def _client(self, url: httpx.URL) -> httpx.Client:
         own = _host_port(url) == self._registry.lower().removesuffix(":443")
         local = is_loopback(_host_port(url))
+        key = (url.scheme, own, local)
         with self._lock:
-            if (own, local) not in self._clients:
+            if key not in self._clients:
                 policy = self.policy
-                self._clients[own, local] = httpx.Client(
+                if url.scheme == "https":
+                    context = _tls_context(self._registry if own else None, verify=self._tls_verify)
+                else:  # never used, and reading the system's authorities takes its time
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                self._clients[key] = httpx.Client(
                     headers=_HEADERS,
-                    verify=_tls_context(self._registry if own else None, verify=self._tls_verify),
+                    verify=context,
                     timeout=httpx.Timeout(policy.read_timeout, connect=policy.connect_timeout, pool=None),
                     limits=httpx.Limits(max_connections=None),
                     trust_env=not local,
                 )
-            return self._clients[own, local]
+            return self._clients[key]
 
     def _join(self, base: httpx.URL, location: str) -> httpx.URL:
         where = _origin_text(base)
@@ -259,19 +275,8 @@ class HttpClient:
         return url
 
 
-def read_error(response: httpx.Response) -> str:
-    """The start of an error's body, as text. Never raises: the status is what counts."""
-    data = bytearray()
-    with suppress(httpx.HTTPError):
-        for piece in response.iter_raw():
-            data += piece
-            if len(data) >= _ERROR_BODY:
-                break
-    return bytes(data[:_ERROR_BODY]).decode("utf-8", "replace")
-
-
 def failure(response: httpx.Response, what: str, body: str) -> ErofsgenError | Transient:
-    """What to raise for a response that is no success: ``what`` was asked for, ``body`` is :func:`read_error`'s."""
+    """What to raise for a response that is no success: ``what`` was asked for, ``body`` is its text."""
     where, status = _origin_text(response.url), response.status_code
     try:
         said = msgspec.json.decode(body, type=_Errors).errors[0].message or ""
@@ -335,6 +340,12 @@ def _unreachable(where: str, error: httpx.TransportError) -> RemoteError | Trans
     refused = _cause(error, OSError)
     reason = refused.strerror if refused and refused.strerror else printable(str(error)) or type(error).__name__
     return Transient(RemoteError(f"cannot reach {where}: {reason}", hint="check the network and proxies"))
+
+
+def _break(connection: socket.socket) -> None:
+    """Wake a thread that waits for bytes. The plain call: a TLS socket's own may not be made from another thread."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _cause(error: BaseException | None, kind: type[E]) -> E | None:

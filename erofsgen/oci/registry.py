@@ -21,7 +21,7 @@ from erofsgen.errors import ErofsgenError, IntegrityError, NotFoundError, Remote
 from erofsgen.oci.auth import Credentials, find_credentials
 from erofsgen.oci.bearer import Authorizer, login_hint
 from erofsgen.oci.download import Downloads
-from erofsgen.oci.httpclient import HttpClient, Patience, Policy, Transient, failure, origin, read_error
+from erofsgen.oci.httpclient import HttpClient, Patience, Policy, Transient, failure, origin
 from erofsgen.oci.manifest import (
     DOCUMENT_LIMIT,
     FOREIGN_TYPES,
@@ -134,7 +134,7 @@ class RegistryClient:
                 if response.status_code in (200, 206, 416):
                     yield response
                     return
-                body = read_error(response)
+                body = self.http.error_text(response)
             expired = response.status_code in (400, 403) and _EXPIRED.search(body) is not None
             if origin(response.url) != origin(url):
                 renewed = expired  # the link we were sent to: the registry makes a new one
@@ -156,7 +156,7 @@ class RegistryClient:
             raise RemoteError(f"{what} has an address that is not HTTP")
         with self.http.stream("GET", target, headers) as response:
             if response.status_code not in (200, 206, 416):
-                raise failure(response, what, read_error(response))
+                raise failure(response, what, self.http.error_text(response))
             yield response
 
     def _api(self) -> httpx.URL:
