@@ -5,7 +5,6 @@ The checker reads everything there is, and goes on behind what is wrong where it
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Final, NamedTuple
 from erofsgen.erofs import format as fmt
 from erofsgen.erofs.node import Node
 from erofsgen.erofs.reader import Buffer, Index, checksum_matches
+from erofsgen.erofs.treetable import shown
 from erofsgen.erofs.xattr import filter_bit, split_name
 from erofsgen.errors import FormatError
 
@@ -87,14 +87,14 @@ class _Checker:
         self.findings.append(what)
 
     def _at(self, path: bytes, node: Node) -> str:
-        return f"/{os.fsdecode(path)}: inode {node.nid} at byte {node.span[0]}"
+        return f"{shown(path)}: inode {node.nid} at byte {node.span[0]}"
 
     @contextmanager
     def _finding(self, path: bytes) -> Iterator[None]:
         try:
             yield
         except FormatError as error:
-            self._find(f"/{os.fsdecode(path)}: {error}")
+            self._find(f"{shown(path)}: {error}")
 
     def _check_superblock(self) -> None:
         index, superblock = self._index, self._index.superblock
@@ -137,9 +137,7 @@ class _Checker:
                 if known is not None:
                     self._check_type(pending, known[1])
                 if known is not None and stat.S_ISDIR(known[1].mode):
-                    self._find(
-                        f"{self._at(pending.path, known[1])}: a directory in two places, also /{os.fsdecode(known[0])}"
-                    )
+                    self._find(f"{self._at(pending.path, known[1])}: a directory in two places, also {shown(known[0])}")
                 continue
             self._nodes[pending.nid] = None
             with self._finding(pending.path):
@@ -187,13 +185,13 @@ class _Checker:
         for offset, (name, nid, kind) in node.entries():
             here = prefix + name
             if name <= previous:
-                self._find(f"/{os.fsdecode(here)}: entry at byte {offset}: not in order, behind {previous!r}")
+                self._find(f"{shown(here)}: entry at byte {offset}: not in order, behind {previous!r}")
             previous = name
             if name in dots:
                 if dots.pop(name, nid) != nid:
-                    self._find(f"/{os.fsdecode(here)}: entry at byte {offset}: it is inode {nid}")
+                    self._find(f"{shown(here)}: entry at byte {offset}: it is inode {nid}")
                 if kind != fmt.FILE_TYPES[stat.S_IFDIR]:
-                    self._find(f"/{os.fsdecode(here)}: entry at byte {offset}: file type {kind}")
+                    self._find(f"{shown(here)}: entry at byte {offset}: file type {kind}")
                 continue
             children.append(_Pending(here, nid, node.nid, offset, kind))
             self._names[nid] = self._names.get(nid, 0) + 1
@@ -205,7 +203,7 @@ class _Checker:
 
     def _check_type(self, pending: _Pending, node: Node) -> None:
         if pending.entry and fmt.FILE_TYPES[stat.S_IFMT(node.mode)] != pending.kind:
-            where = f"/{os.fsdecode(pending.path)}: entry at byte {pending.entry}"
+            where = f"{shown(pending.path)}: entry at byte {pending.entry}"
             self._find(f"{where}: file type {pending.kind}, its mode is {node.mode:o}")
 
     def _check_nlink(self, path: bytes, node: Node) -> None:

@@ -93,8 +93,7 @@ class Columns:
             elif inode.size:
                 self.contents[number] = inode.data
         self.size[kinds != stat.S_IFREG] = 0
-        for number, blocks in self._tree.dir_blocks.items():
-            self.size[number] = self._tree.dir_size(blocks)
+        self.size[self._tree.directories] = self._tree.directory_sizes()
         for number in np.flatnonzero(kinds == stat.S_IFLNK).tolist():
             target = inodes[number].data
             if not 0 < len(target) <= SYMLINK_MAX or b"\0" in target:

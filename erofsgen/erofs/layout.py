@@ -174,7 +174,7 @@ def _place(layout: Layout, space: Space) -> None:
     take = space.take
     contents = layout.columns.contents
     sizes = {number: len(content) for number, content in contents.items()}
-    sizes |= {number: layout.tree.dir_size(blocks) for number, blocks in layout.tree.dir_blocks.items()}
+    sizes |= zip(layout.tree.directories, layout.tree.directory_sizes(), strict=True)
     tables = dict(zip(layout.files.numbers.tolist(), layout.files.entries.tolist(), strict=True))
     place = []
     for number, head in enumerate(layout.head.tolist()):

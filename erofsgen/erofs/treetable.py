@@ -9,21 +9,12 @@ from __future__ import annotations
 import os
 import stat
 from bisect import bisect_right
-from itertools import accumulate
-from typing import Final, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Final
 
 from erofsgen.erofs.format import BLOCK_SIZE, DIRENT, NAME_MAX, PATH_LIMIT
 from erofsgen.erofs.tree import Inode, walk
 from erofsgen.errors import FormatError, UnsupportedError
-
-
-class DirBlock(NamedTuple):
-    """One block of directory entries: those from ``first`` to ``last`` (exclusive) of the image's entries."""
-
-    first: int
-    last: int
-    used: int
-    """Bytes, not counting what is left of the block behind the last name."""
 
 
 class TreeTable:
@@ -44,8 +35,14 @@ class TreeTable:
         self.nlink: list[int] = [2]
         self.names: list[bytes] = []
         self.targets: list[int] = []
-        self.dir_blocks: dict[int, list[DirBlock]] = {}
-        """Inode number of each directory to its blocks; the last one may be inlined."""
+        self.directories: list[int] = []
+        """Inode numbers of the directories, in the order of their entries."""
+        self.blocks: list[int] = [0]
+        """For each directory the number of its first block of entries; and the number of blocks."""
+        self.ends: list[int] = [0]
+        """0, then for each block the number of the entry behind its last one."""
+        self.used: list[int] = []
+        """For each block its bytes in use, not counting what is left of it behind the last name."""
         self._number(root)
 
     def _number(self, root: Inode) -> None:
@@ -61,8 +58,7 @@ class TreeTable:
             children = inodes[number].children or {}
             names = [*children, b".", b".."]
             names.sort()
-            self._check_names(children, names)
-            first = len(targets)
+            size = self._check_names(children, names)
             subdirectories = []
             for name in names:
                 child = children.get(name)
@@ -84,11 +80,18 @@ class TreeTable:
                 else:
                     nlink[known] += 1
             self.names += names
-            self.dir_blocks[number] = _cut(names, first)
+            self.directories.append(number)
+            if size <= BLOCK_SIZE:
+                self.ends.append(len(targets))
+                self.used.append(size)
+            else:
+                self._cut(names, len(targets) - len(names))
+            self.blocks.append(len(self.used))
             subdirectories.reverse()
             stack += subdirectories
 
-    def _check_names(self, children: dict[bytes, Inode], names: list[bytes]) -> None:
+    def _check_names(self, children: dict[bytes, Inode], names: list[bytes]) -> int:
+        """Bytes that these entries take without padding."""
         joined = b"/".join(names)
         if len(max(names, key=len)) > NAME_MAX:
             name, child = next(item for item in children.items() if len(item[0]) > NAME_MAX)
@@ -98,37 +101,41 @@ class TreeTable:
                 (name, child) for name, child in children.items() if name in _RESERVED or b"/" in name or b"\0" in name
             )
             raise FormatError(f"{self.path(child)}: {name!r} cannot be a file name")
+        return len(joined) + 1 + len(names) * (DIRENT.size - 1)
 
-    @staticmethod
-    def dir_size(blocks: list[DirBlock]) -> int:
-        """i_size of a directory."""
-        return (len(blocks) - 1) * BLOCK_SIZE + blocks[-1].used
+    def _cut(self, names: list[bytes], first: int) -> None:
+        """Fill blocks with entries in order. ``first`` is the number of the first of them."""
+        ends = list(accumulate([DIRENT.size + len(name) for name in names]))
+        start = base = 0
+        while start < len(names):
+            start = bisect_right(ends, base + BLOCK_SIZE, lo=start)
+            self.ends.append(first + start)
+            self.used.append(ends[start - 1] - base)
+            base = ends[start - 1]
+
+    def directory_sizes(self) -> list[int]:
+        """i_size of each directory."""
+        spans = pairwise(self.blocks)
+        return [(stop - start - 1) * BLOCK_SIZE + self.used[stop - 1] for start, stop in spans]
 
     def path(self, inode: Inode) -> str:
-        """The first path of an inode, for messages."""
+        """The first path of an inode, as messages show it."""
         seen: set[int] = set()
         for path, other in walk(self.root):
             if other is inode:
-                return "/" + os.fsdecode(path)
+                return shown(path)
             if other.children is not None and id(other) in seen:
                 break  # the tree is none; walking on might not end
             seen.add(id(other))
         return "a file"
 
 
+def shown(path: bytes) -> str:
+    """A path for a message: from the root, and shortened in the middle if it is very long."""
+    text = "/" + os.fsdecode(path)
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"
+
+
+_SHOWN: Final = 200
 _S_IFMT: Final = stat.S_IFMT(0xFFFF)
 _RESERVED: Final = frozenset({b"", b".", b".."})
-
-
-def _cut(names: list[bytes], first: int) -> list[DirBlock]:
-    """Fill blocks with entries in order. ``first`` is the number of the first of them."""
-    ends = list(accumulate([DIRENT.size + len(name) for name in names]))
-    if ends[-1] <= BLOCK_SIZE:
-        return [DirBlock(first, first + len(names), ends[-1])]
-    blocks = []
-    start = base = 0
-    while start < len(names):
-        stop = bisect_right(ends, base + BLOCK_SIZE, lo=start)
-        blocks.append(DirBlock(first + start, first + stop, ends[stop - 1] - base))
-        start, base = stop, ends[stop - 1]
-    return blocks

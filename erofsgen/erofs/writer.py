@@ -187,22 +187,25 @@ def _write_directories(image: bytearray, layout: Layout) -> None:
     names = tree.names
     targets = np.array(tree.targets, np.int64)
     lengths = np.fromiter(map(len, names), np.int64, len(names))
-    blocks = [block for directory in tree.dir_blocks.values() for block in directory]
-    first = np.array([block.first for block in blocks], np.int64)
-    counts = np.array([block.last - block.first for block in blocks], np.int64)
+    ends = np.array(tree.ends, np.int64)
+    counts = ends[1:] - ends[:-1]
     # where each name begins: all names before it, less those before its block, behind the block's entries
     before = np.cumsum(lengths) - lengths
     entries = np.zeros(len(names), DIRENT_DTYPE)
     entries["nid"] = layout.nid[targets]
-    entries["nameoff"] = before + np.repeat(counts * DIRENT.size - before[first], counts)
+    entries["nameoff"] = before + np.repeat(counts * DIRENT.size - before[ends[:-1]], counts)
     entries["file_type"] = layout.columns.file_type[targets]
     encoded = entries.tobytes()
-    for number, directory in tree.dir_blocks.items():
-        at = int(layout.union[number]) * BLOCK_SIZE
-        for block in directory:
-            if block is directory[-1] and layout.format[number] == FLAT_INLINE:
-                at = int(layout.place[number] + layout.head[number])
-            middle = at + (block.last - block.first) * DIRENT.size
-            image[at:middle] = encoded[block.first * DIRENT.size : block.last * DIRENT.size]
-            image[middle : at + block.used] = b"".join(names[block.first : block.last])
+    inlined = (layout.format == FLAT_INLINE).tolist()
+    stored = (layout.union * BLOCK_SIZE).tolist()
+    tails = (layout.place + layout.head).tolist()
+    for number, start, stop in zip(tree.directories, tree.blocks, tree.blocks[1:], strict=False):
+        at = stored[number]
+        for block in range(start, stop):
+            if block == stop - 1 and inlined[number]:
+                at = tails[number]
+            first, last = tree.ends[block], tree.ends[block + 1]
+            middle = at + (last - first) * DIRENT.size
+            image[at:middle] = encoded[first * DIRENT.size : last * DIRENT.size]
+            image[middle : at + tree.used[block]] = b"".join(names[first:last])
             at += BLOCK_SIZE
