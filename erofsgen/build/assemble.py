@@ -15,7 +15,8 @@ from blake3 import blake3
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
 from erofsgen.build.record import CHUNK_ROW, LayerRecord
-from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, HOLE, Device, Inode, walk
+from erofsgen.erofs.format import SUPER, SUPER_OFFSET, Superblock
+from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, HOLE, Device, Inode
 from erofsgen.erofs.writer import write_index
 from erofsgen.errors import IntegrityError, UnsupportedError
 from erofsgen.oci.layer import Entry
@@ -106,7 +107,8 @@ class Assembler:
         packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=self._options.worker_threads).compress(index)
         digest, size = self._store.put(packed)
         descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index))})
-        return Assembled(descriptor, packs, len(index), int(table["length"][used].sum()))
+        inodes = Superblock(*SUPER.unpack_from(index, SUPER_OFFSET)).inos
+        return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()))
 
     def _gather(self, table: np.ndarray, used: npt.NDArray[np.int64], packer: Packer) -> np.ndarray:
         """Write again the used chunks of packs that give the image too little; returns the table with new places."""
@@ -120,6 +122,7 @@ class Assembler:
             return table
         readers: dict[int, PackReader] = {}
         moved = used[poor[packs]]
+        moved = moved[np.lexsort((table["block"][moved], table["pack"][moved]))]  # neighbours stay neighbours
         places = []
         for number in moved:
             row = table[number]
@@ -175,6 +178,7 @@ class Assembled(msgspec.Struct, frozen=True):
 
     index: Descriptor
     packs: list[Descriptor]
+    inodes: int
     index_size: int
     unique_bytes: int
 
@@ -222,9 +226,14 @@ def _renumber(entries: Iterable[Entry], base: int) -> None:
 
 
 def _used(root: Inode) -> npt.NDArray[np.int64]:
-    """The numbers of all chunks that files of the tree refer to, each once, in order of first use in a walk."""
-    lists: list[Sequence[int]] = [inode.chunks for _, inode in walk(root) if inode.chunks]
-    numbers = np.fromiter(chain.from_iterable(lists), np.int64)
-    values, first = np.unique(numbers, return_index=True)
-    values = values[np.argsort(first, kind="stable")]
-    return values[values != HOLE]
+    """The numbers of all chunks that files of the tree refer to, each once, in ascending order."""
+    lists: list[Sequence[int]] = []
+    directories = [root]
+    while directories:
+        for inode in (directories.pop().children or {}).values():
+            if inode.children is not None:
+                directories.append(inode)
+            elif inode.chunks:
+                lists.append(inode.chunks)
+    numbers: npt.NDArray[np.int64] = np.unique(np.fromiter(chain.from_iterable(lists), np.int64))
+    return numbers[numbers != HOLE]

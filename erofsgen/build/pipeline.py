@@ -20,7 +20,6 @@ from erofsgen.build.dictionary import Dictionary
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
 from erofsgen.build.record import LayerRecord
-from erofsgen.erofs.tree import walk
 from erofsgen.oci.images import RootfsImage
 from erofsgen.oci.layer import Entry, FileData
 from erofsgen.oci.rootfs import RootfsReader
@@ -110,7 +109,7 @@ def build_image(
         return BuildResult(
             name=name,
             digest=manifest.digest,
-            inodes=len({id(inode) for _, inode in walk(assembler.root)}),
+            inodes=assembled.inodes,
             index_size=assembled.index_size,
             index_stored=assembled.index.size,
             packs=len(assembled.packs),

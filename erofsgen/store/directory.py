@@ -118,8 +118,9 @@ class DirectoryStore(Store):
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         with _storage(self._blobs):
-            for item in os.scandir(self._blobs):
-                yield f"sha256:{item.name}", item.stat().st_size
+            with os.scandir(self._blobs) as items:
+                found = [(f"sha256:{item.name}", item.stat().st_size) for item in items]
+        yield from found
 
     def delete(self, digest: str) -> None:
         with _storage(self._blobs):
@@ -170,8 +171,8 @@ class DirectoryStore(Store):
     def collecting(self) -> Iterator[None]:
         try:
             with self._lock("lock.build", fcntl.LOCK_EX | fcntl.LOCK_NB):
-                for item in os.scandir(self._private / "tmp"):
-                    os.unlink(item.path)  # nobody is building: whoever wrote it is gone
+                for leftover in (self._private / "tmp").iterdir():
+                    leftover.unlink()  # nobody is building: whoever wrote it is gone
                 yield
         except BlockingIOError:
             raise BusyError(f"{self.url}: a build is running", hint="try again when it has finished") from None

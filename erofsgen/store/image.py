@@ -14,7 +14,8 @@ from typing import Any, Final
 import msgspec
 import zstandard
 
-from erofsgen.erofs.reader import Index, Node
+from erofsgen.erofs.node import Node
+from erofsgen.erofs.reader import Index
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
 from erofsgen.pack.reader import PackReader
 from erofsgen.pack.toc import Toc
