@@ -18,7 +18,7 @@ import zstandard
 from erofsgen.errors import FormatError
 
 GzipFile: Any = gzip.GzipFile
-DeflateError: type[Exception] = zlib.error
+DeflateError: Any = zlib.error
 try:
     from isal import igzip, isal_zlib
 except ImportError:  # a platform without ISA-L: same bytes, a third of the speed

@@ -37,6 +37,7 @@ class RootfsReader:
         self._root = os.fsencode(path)
         self._links: dict[tuple[int, int], bytes] = {}
         self._holes = 0
+        self._device = 0
 
     def __iter__(self) -> Iterator[tuple[Entry, FileData | None]]:
         try:
@@ -47,6 +48,7 @@ class RootfsReader:
             raise _refused(self._root, error) from None
         if not stat.S_ISDIR(status.st_mode):
             raise NotFoundError(f"{show(self._root)}: not a directory")
+        self._device = status.st_dev
         # a trailing slash, so that a root given as a symlink is read as the directory it is to
         yield Entry(b"", PUT, self._inode(self._root + b"/", status)), None
         listings = [self._list(self._root, b"")]
@@ -62,7 +64,7 @@ class RootfsReader:
     def _list(self, directory: bytes, prefix: bytes) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
         """(path in the image, path on disk, status) of what is in ``directory``; nothing if it is a mount point."""
         try:
-            if prefix and os.lstat(directory).st_dev != os.stat(self._root).st_dev:
+            if prefix and os.lstat(directory).st_dev != self._device:
                 return
             with os.scandir(directory) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
