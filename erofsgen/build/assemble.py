@@ -235,5 +235,6 @@ def _used(root: Inode) -> npt.NDArray[np.int64]:
                 directories.append(inode)
             elif inode.chunks:
                 lists.append(inode.chunks)
-    numbers: npt.NDArray[np.int64] = np.unique(np.fromiter(chain.from_iterable(lists), np.int64))
-    return numbers[numbers != HOLE]
+    numbers = np.unique(np.fromiter(chain.from_iterable(lists), np.int64))
+    used: npt.NDArray[np.int64] = numbers[numbers != HOLE]
+    return used
