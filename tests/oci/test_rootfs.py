@@ -258,7 +258,8 @@ def test_other_file_systems_are_left_out(place, request):
     assert found[1].inode.mode == 0o040751
 
 
-def test_deep_trees_need_no_recursion(place):
+def test_deep_trees_need_no_recursion(place, request):
+    request.addfinalizer(lambda: subprocess.run(["rm", "-r", place], check=True))  # Python's own way is recursive
     deep = place
     for _ in range(1100):
         deep = deep / "d"
