@@ -2,7 +2,8 @@
 
 A file in one run needs no chunk table. Its inode is flat, its block address is one of the *unified address space*: the
 image's own blocks, then every device's, in slot order. ``erofs_map_dev()`` finds the device from the address (Linux
-5.16), and with no devices given the address is right as it is.
+5.16), and with no devices given the address is right as it is. erofs-utils' own tools, up to 1.9.4, take the offset in
+the device but not the device: they read such files right only from one piece (:mod:`erofsgen.erofs.flatten`).
 """
 
 from __future__ import annotations

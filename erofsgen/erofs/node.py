@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from erofsgen.erofs import format as fmt
-from erofsgen.erofs.xattr import FINGERPRINT, ibody_size
+from erofsgen.erofs.xattr import ibody_size
 from erofsgen.errors import FormatError
 
 if TYPE_CHECKING:
@@ -328,14 +328,11 @@ class Node:
 
     def xattrs(self) -> list[tuple[bytes, bytes]]:
         """(full name, value) of the attributes a mount shows, sorted. The fingerprint is none of them."""
-        return sorted(pair for pair in self.all_xattrs() if not self._is_fingerprint(pair[0]))
+        return sorted(pair for pair in self.all_xattrs() if pair[0] != self._index.fingerprint_name)
 
     def fingerprint(self) -> bytes | None:
         """The file's content digest for sharing the page cache, where the image has one."""
-        return next((value for name, value in self.all_xattrs() if self._is_fingerprint(name)), None)
-
-    def _is_fingerprint(self, name: bytes) -> bool:
-        return name == FINGERPRINT and bool(self._index.superblock.feature_compat & fmt.COMPAT_ISHARE_XATTRS)
+        return next((value for name, value in self.all_xattrs() if name == self._index.fingerprint_name), None)
 
     def xattr_ids(self) -> tuple[int, list[int]]:
         """(name filter, shared ids)."""

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
+from mmap import mmap
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -22,8 +23,8 @@ from erofsgen.erofs.tree import Device
 from erofsgen.erofs.xattr import LongPrefix, join_name
 from erofsgen.errors import FormatError, NotFoundError
 
-Buffer = bytes | bytearray | memoryview
-"""An image. A mapped file is given as ``memoryview(mmap)``."""
+Buffer = bytes | bytearray | memoryview | mmap
+"""An image, in memory or mapped."""
 
 
 class Stats(NamedTuple):
@@ -70,6 +71,11 @@ class Index:
         """Block at which each device begins in the unified address space, 0 where it has no place there."""
         self._read_devices()
         self.prefixes = self._read_prefixes()
+        self.fingerprint_name: bytes | None = None
+        """Name of the xattr that holds a file's content digest, where the image says it has such."""
+        number = self.superblock.ishare_xattr_prefix_id
+        if self.superblock.feature_compat & fmt.COMPAT_ISHARE_XATTRS and number < len(self.prefixes):
+            self.fingerprint_name = join_name(fmt.XATTR_LONG_PREFIX | number, b"", self.prefixes)
         self._shared: dict[int, SharedXattr] = {}
         self._shared_bytes = 0
 

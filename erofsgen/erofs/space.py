@@ -14,9 +14,9 @@ _LARGE: Final = _SLOTS // 4
 class Space:
     """Hands out blocks, and 32-byte slots inside blocks, from ``start`` (bytes, a multiple of the slot size) on.
 
-    A record that fits one block lies in one block: kernels before 6.6 refuse symbolic links whose target is in
-    another block than their inode. What a record leaves of its block is kept in mind for later ones, so hardly
-    anything is lost, and records that follow each other stay close together.
+    A record that fits one block lies in one block: kernels before 6.12 refuse symbolic links whose target is in
+    another block than their inode (erofs_fill_symlink). What a record leaves of its block is kept in mind for later
+    ones, so hardly anything is lost, and records that follow each other stay close together.
     """
 
     def __init__(self, start: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import stat
 import struct
@@ -165,8 +166,11 @@ def test_garbage():
             assert len(check_index(garbage)) == 1
 
 
-def test_buffers_of_any_kind(victim):
-    for buffer in (victim, bytearray(victim), memoryview(victim)):
+def test_buffers_of_any_kind(victim, tmp_path):
+    (tmp_path / "index").write_bytes(victim)
+    with open(tmp_path / "index", "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for buffer in (victim, bytearray(victim), memoryview(victim), mapped):
         assert sum(1 for _ in Index(buffer).walk()) == 39
 
 

@@ -176,7 +176,7 @@ def test_superblock_of_mkfs(source, tmp_path, run_tool):
 
 @pytest.fixture(scope="module")
 def flat(sample, tmp_path_factory):
-    """The sample in one piece. Version 1.5 does not look devices up by unified address."""
+    """The sample in one piece: erofs-utils does not find the device of a unified address."""
     path = tmp_path_factory.mktemp("flat") / "image"
     path.write_bytes(flatten(sample.index).index + b"".join(sample.disks.bytes))
     return path
