@@ -19,7 +19,7 @@ SPARSE_MAP: Final = b"GNU.sparse.map"
 SPARSE_OFFSET: Final = b"GNU.sparse.offset"
 SPARSE_LENGTH: Final = b"GNU.sparse.numbytes"
 
-_TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
+_TIME = re.compile(rb"-?[0-9]{1,20}(?:\.[0-9]*)?")
 _NUMBER = re.compile(rb"[0-9]{1,20}")
 
 
@@ -67,9 +67,9 @@ def nanoseconds(value: bytes) -> int:
     match = _TIME.fullmatch(value)
     if not match:
         raise FormatError("bad PAX header: a time is not a number")
-    sign, seconds, fraction = match.groups()
-    total = int(seconds) * 1_000_000_000 + int((fraction or b"0")[:9].ljust(9, b"0"))
-    return -total if sign else total
+    seconds, _, fraction = value.partition(b".")
+    # every digit is a digit: the two parts are one number of nanoseconds once the fraction has nine
+    return int(seconds + fraction[:9].ljust(9, b"0"))
 
 
 def xattrs(records: Records) -> Xattrs:

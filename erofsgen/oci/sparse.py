@@ -76,8 +76,10 @@ def check(segments: Segments, size: int, stored: int) -> Segments:
     Raises FormatError unless they are in order, lie inside ``size`` and make up ``stored`` bytes.
     """
     position = total = 0
+    if size < 0:
+        raise FormatError("its size is negative")
     for offset, length in segments:
-        if offset < position or offset + length > size:
+        if offset < position or length < 0 or offset + length > size:
             raise FormatError("its sparse map is out of order or beyond the file's end")
         position = offset + length
         total += length

@@ -57,6 +57,7 @@ class BlockStream:
     """Plain bytes of one layer, read once and in order, by one thread.
 
     ``buffer[pos:end]`` is what remains of the current block; a parser may take from it directly and advance ``pos``.
+    ``base`` is the offset of ``buffer[0]`` in the plain tar.
     Every block is fresh memory, never written again: views of it may be kept. A context manager; leaving it stops the
     threads and closes the blob.
     """
@@ -66,7 +67,7 @@ class BlockStream:
         self.buffer = _EMPTY
         self.pos = 0
         self.end = 0
-        self._base = 0
+        self.base = 0
         self._ended = False
         self._closed = False
         self._error: BaseException | None = None
@@ -114,7 +115,7 @@ class BlockStream:
 
     def tell(self) -> int:
         """Offset in the plain tar of the next byte to be read."""
-        return self._base + self.pos
+        return self.base + self.pos
 
     def finish(self) -> None:
         """Read to the end, so that every check has been made. Raises as :meth:`read`."""
@@ -148,7 +149,7 @@ class BlockStream:
                 raise ValueError("read from a closed stream")
             return False
         block = self._blocks.get()
-        self._base += self.end
+        self.base += self.end
         self.pos = 0
         if block is None:
             self._ended = True

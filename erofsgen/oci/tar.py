@@ -28,6 +28,9 @@ BLOCK: Final = 512
 META_LIMIT: Final = 1 << 20
 """Most bytes of a PAX header or a GNU long name, as in Go's archive/tar."""
 
+XATTR_LIMIT: Final = 256 << 20
+"""Most bytes of xattrs in one layer. They stay in memory, and compress to next to nothing."""
+
 # name, mode, uid, gid, size, mtime, checksum, type; other fields are sliced out where a member needs them
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc")
 _CHECKSUM = slice(148, 156)
@@ -79,6 +82,7 @@ class TarReader:
         self._left = 0
         self._padding = 0
         self._holes = 0
+        self._xattr_bytes = 0
         self._current: _Data | None = None
         self._numbers = _Numbers()
         self._parents = _Parents()
@@ -141,6 +145,8 @@ class TarReader:
                 if kind != _DIRECTORY:
                     link = self._complete(inode, kind, header, link)
             else:
+                if size < 0:
+                    raise FormatError("its size is negative")
                 self._left = size
                 self._padding = -size % BLOCK
                 if kind in _PASSED_OVER:
@@ -173,19 +179,24 @@ class TarReader:
                 self._pass_over()
             self._left = self._padding = 0
             self._current = None
-        header = stream.read(BLOCK)
-        if len(header) < BLOCK:
-            # as in Go, an archive may end without its end marker, but not within a header
-            if header or self._pending:
-                raise FormatError("the archive is truncated in a header")
-            return None
+        pos = stream.pos
+        if stream.end - pos >= BLOCK:
+            header = stream.buffer[pos : pos + BLOCK]
+            stream.pos = pos + BLOCK
+        else:
+            header = stream.read(BLOCK)
+            if len(header) < BLOCK:
+                # as in Go, an archive may end without its end marker, but not within a header
+                if header or self._pending:
+                    raise FormatError("the archive is truncated in a header")
+                return None
         # Adler-32's low half is 1 + the sum of the bytes mod 65521, which 256 bytes cannot reach
         adler32 = zlib.adler32
         total = (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
         if not total:
             self._end_of_archive()
             return None
-        self._offset = stream.tell() - BLOCK
+        self._offset = stream.base + stream.pos - BLOCK
         field = header[_CHECKSUM].tobytes()
         total += 8 * 0x20 + 1 - (adler32(field) & 0xFFFF)
         try:
@@ -229,7 +240,9 @@ class TarReader:
         elif kind == b"K":
             self._long_link = data.partition(b"\0")[0]
         elif kind == b"g":
-            self._globals = {**self._globals, **pax.parse(data)}
+            self._globals = self._globals | pax.parse(data)
+            if sum(map(len, self._globals.values())) > META_LIMIT:
+                raise UnsupportedError("too many global PAX records")
         else:
             self._records = pax.parse(data)
 
@@ -246,7 +259,12 @@ class TarReader:
             inode.gid = pax.number(b"gid", records[b"gid"])
         if b"mtime" in records:
             inode.mtime = pax.nanoseconds(records[b"mtime"])
-        inode.xattrs = pax.xattrs(records)
+        if len(records) > 1 or b"mtime" not in records:  # archives that give times only are common
+            inode.xattrs = pax.xattrs(records)
+            if inode.xattrs:
+                self._xattr_bytes += sum(len(value) for _, value in inode.xattrs)
+                if self._xattr_bytes > XATTR_LIMIT:
+                    raise UnsupportedError(f"more than {XATTR_LIMIT >> 20} MiB of xattrs in one layer")
         name = self._long_name or records.get(b"GNU.sparse.name") or records.get(b"path") or name
         link = self._long_link or records.get(b"linkpath", b"")
         self._records = {}
@@ -277,8 +295,6 @@ class TarReader:
 
     def _regular(self, inode: Inode, kind: bytes, header: memoryview, size: int, records: pax.Records) -> _Data:
         """The data of a regular file. Types unknown to us are regular files too, as POSIX asks."""
-        if size < 0:
-            raise FormatError("its size is negative")
         if kind == b"M":
             raise UnsupportedError("the archive is one volume of several", hint="join the volumes into one archive")
         inode.mode |= stat.S_IFREG

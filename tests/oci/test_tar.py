@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 
 from erofsgen.errors import ErofsgenError, FormatError, IntegrityError, UnsupportedError
 from erofsgen.oci import stream as stream_module
+from erofsgen.oci import tar as tar_module
 from erofsgen.oci.layer import LINK, OPAQUE, PUT, WHITEOUT
 from erofsgen.oci.tar import TarReader
 
@@ -246,6 +247,15 @@ def test_stargz_members_are_files():
 # what is refused
 
 
+def huge_sparse(name, size):
+    return header(name, b"S", 0, magic=GNU, fields={483: kit.base256(size, 12)})
+
+
+def padded_pairs(*pairs):
+    """Sparse map entries in base 256, which can be negative."""
+    return b"".join(kit.base256(value, 12) if value < 0 else b"%011o\0" % value for pair in pairs for value in pair)
+
+
 SPARSE_1_0 = pax({b"GNU.sparse.major": b"1", b"GNU.sparse.minor": b"0", b"GNU.sparse.realsize": b"5000"})
 
 
@@ -285,6 +295,8 @@ REFUSED = [
     ("whiteout of .", header(b"a/.wh.."), "a whiteout that names no file"),
     ("whiteout of ..", header(b"a/.wh..."), "a whiteout that names no file"),
     ("negative size", header(b"x", size=kit.base256(-1, 12)), "its size is negative"),
+    ("negative size of what is passed over", header(b"x", b"V", kit.base256(-512, 12), magic=GNU), "size is negative"),
+    ("negative size of a long name", header(b"x", b"L", kit.base256(-512, 12), magic=GNU), "extended header of -512"),
     ("absurd size", header(b"x", size=kit.base256(1 << 80, 12)), "does not fit 64 bits"),
     ("8 EiB of data", header(b"x", size=kit.base256((1 << 63) - 1, 12)), "truncated in this member's data"),
     ("large owner", header(b"x", uid=kit.base256(1 << 32, 8)), "owner 4294967296:0 does not fit 32 bits"),
@@ -306,6 +318,12 @@ REFUSED = [
         sparse_gnu([(0, 512)], 1024, 4096, bytes(1024)),
         "counts 512 bytes, the archive holds 1,024",
     ),
+    (
+        "sparse map that goes back",
+        header(b"s", b"S", 512, magic=GNU, fields={386: padded_pairs((0, 1024), (1024, -512)), 483: b"%011o\0" % 4096}),
+        "out of order",
+    ),
+    ("negative sparse size", huge_sparse(b"x", -5), "its size is negative"),
     ("sparse map cut", sparse_gnu([(0, 512)], 512, 4096, extended=1), "truncated in this member's sparse map"),
     (
         "sparse map endless",
@@ -371,6 +389,15 @@ def test_of_equal_pax_records_the_last_counts_and_empty_ones_take_back():
 def test_malformed_pax_numbers_are_refused(key, value):
     with pytest.raises(FormatError, match="bad PAX header"):
         kit.entries(archive(pax({key: value}), header(b"x")))
+
+
+def test_extended_headers_cannot_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(tar_module, "XATTR_LIMIT", 100_000)
+    members = [pax({b"SCHILY.xattr.user.%d" % number: bytes(60_000)}) + header(b"x") for number in range(3)]
+    with pytest.raises(UnsupportedError, match="of xattrs in one layer"):
+        kit.entries(archive(*members))
+    with pytest.raises(UnsupportedError, match="too many global PAX records"):
+        kit.entries(archive(*(pax({b"k%d" % number: bytes(60_000)}, b"g") for number in range(30))))
 
 
 def test_long_xattrs_are_refused():
@@ -593,10 +620,6 @@ def test_sparse_members_left_unread_are_passed_over():
     tar, _ = every_kind()
     with kit.stream(tar) as source:
         assert len([entry.path for entry, _ in TarReader(source)]) == 8
-
-
-def huge_sparse(name, size):
-    return header(name, b"S", 0, magic=GNU, fields={483: kit.base256(size, 12)})
 
 
 def test_holes_of_a_hostile_size_are_refused_and_large_ones_are_cheap():
