@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS", "PYTHON"))}
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=REPOSITORY,
