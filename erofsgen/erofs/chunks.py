@@ -1,9 +1,8 @@
-"""Where regular files lie: in one run of a device's blocks, or scattered, as chunk tables say.
+"""Where regular files lie: the chunk indexes of every file that is not inlined.
 
-A file in one run needs no chunk table. Its inode is flat, its block address is one of the *unified address space*: the
-image's own blocks, then every device's, in slot order. ``erofs_map_dev()`` finds the device from the address (Linux
-5.16), and with no devices given the address is right as it is. erofs-utils' own tools, up to 1.9.4, take the offset in
-the device but not the device: they read such files right only from one piece (:mod:`erofsgen.erofs.flatten`).
+A file in one run of blocks would need no chunk index: kernels since 5.16 find the device of a flat inode from its
+address in the unified address space. But erofs-utils' tools, up to 1.9.4, take the offset in the device and forget the
+device, and read other bytes without a word. An index is stored compressed, where chunk indexes hardly show.
 """
 
 from __future__ import annotations
@@ -33,13 +32,9 @@ _HOLE_BITS: Final = CHUNK_FORMAT_BLKBITS_MASK
 
 class FileMap:
     """The mapping of every regular file that has chunks. ``numbers`` are their inode numbers, in order; the arrays of
-    the same length are about the same files:
+    the same length are about the same files: ``format`` is the chunk format, ``entries`` the number of chunk indexes.
 
-    ``run``      whether the file lies in one run; then ``start`` is its first block, counted from the first device's
-                 first block in the unified address space
-    ``format``   the chunk format otherwise, ``entries`` the number of chunk indexes
-
-    ``table`` is all chunk indexes of files that are no run, in file order.
+    ``table`` is all chunk indexes, in file order.
 
     Raises FormatError (chunks that do not exist, or do not fit file or device), UnsupportedError (too many devices,
     too many blocks).
@@ -80,31 +75,19 @@ class FileMap:
         known &= block + lengths <= limit
         self._require_refs(known | holes, files, "a chunk that lies on no device")
 
-        broken = holes.copy()
-        if len(refs):
-            broken[1:] |= (files[1:] == files[:-1]) & (
-                (device[1:] != device[:-1]) | (block[1:] != block[:-1] + lengths[:-1])
-            )
-        self.run = ~_any(broken, starts)
         hollow = ~_any(~holes, starts)
-        first = np.where(self.run, starts, 0)
-        self.start = np.zeros(len(numbers), np.int64)
-        if len(refs):
-            self.start = np.where(self.run, self.device_start[device[first] - 1] + block[first], 0)
-
         bits = np.full(len(numbers), (chunk_size >> BLOCK_BITS).bit_length() - 1)
         if hollow.any():
             # a file that is one hole: the fewest chunks, they need not be those of other files
             bits[hollow] = [min(_HOLE_BITS, ((size - 1) >> BLOCK_BITS).bit_length()) for size in sizes[hollow].tolist()]
         self.format = CHUNK_FORMAT_INDEXES | bits
         chunk_bytes = np.left_shift(np.int64(BLOCK_SIZE), bits)
-        self.entries = np.where(self.run, 0, -(-sizes // chunk_bytes))
+        self.entries = -(-sizes // chunk_bytes)
 
         self.table = np.zeros(int(self.entries.sum()), CHUNK_INDEX_DTYPE)
         self.table["startblk_lo"] = NULL_ADDR
-        scattered = ~(self.run | hollow)
-        into = np.repeat(scattered[~self.run], self.entries[~self.run])
-        take = np.repeat(scattered, counts)
+        into = np.repeat(~hollow, self.entries)
+        take = np.repeat(~hollow, counts)
         self.table["device_id"][into] = np.where(holes, 0, device)[take]
         self.table["startblk_lo"][into] = np.where(holes, NULL_ADDR, block)[take]
 

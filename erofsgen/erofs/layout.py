@@ -138,7 +138,7 @@ def plan(
             f"an index of {space.blocks} blocks with {int(files.device_start[-1])} blocks of devices",
             hint="EROFS addresses 2^32 blocks, 16 TiB; split the image",
         )
-    layout.union[files.numbers] = np.where(files.run, files.start + space.blocks, files.format)
+    layout.union[files.numbers] = files.format
     assert int(layout.nid[0]) <= 0xFFFF
     return layout
 

@@ -162,11 +162,10 @@ def _write_inodes(image: bytearray, layout: Layout) -> None:
 
 def _write_chunk_indexes(image: bytearray, layout: Layout) -> None:
     files = layout.files
-    scattered = ~files.run
-    numbers, entries = files.numbers[scattered], files.entries[scattered]
-    starts = (layout.place[numbers] + layout.head[numbers] + CHUNK_INDEX.size - 1) // CHUNK_INDEX.size
-    before = np.cumsum(entries) - entries
-    at = np.arange(len(files.table)) + np.repeat(starts - before, entries)
+    ends = layout.place[files.numbers] + layout.head[files.numbers]
+    starts = (ends + CHUNK_INDEX.size - 1) // CHUNK_INDEX.size
+    before = np.cumsum(files.entries) - files.entries
+    at = np.arange(len(files.table)) + np.repeat(starts - before, files.entries)
     np.frombuffer(image, np.uint64)[at] = files.table.view(np.uint64)
 
 
