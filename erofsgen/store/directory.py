@@ -117,9 +117,8 @@ class DirectoryStore(Store):
         return _FileWriter(self._private / "tmp" / secrets.token_hex(8), self._blobs)
 
     def blobs(self) -> Iterator[tuple[str, int]]:
-        with _storage(self._blobs):
-            with os.scandir(self._blobs) as items:
-                found = [(f"sha256:{item.name}", item.stat().st_size) for item in items]
+        with _storage(self._blobs), os.scandir(self._blobs) as items:
+            found = [(f"sha256:{item.name}", item.stat().st_size) for item in items]
         yield from found
 
     def delete(self, digest: str) -> None:
