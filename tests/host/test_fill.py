@@ -319,7 +319,7 @@ def test_memory_in_flight_is_bounded(store: DirectoryStore, tmp_path: Path, raw:
         stats = engine.stats()
         eventually(lambda: held == 0)
     assert read >= 2.5 * memory, "or the bound was never near"
-    assert memory / 4 < most < memory
+    assert memory / 8 < most < memory
     assert most < stats["in_flight_peak"] <= memory
     assert stats["in_flight"] == 0
     assert target.check() == list(range(400))

@@ -305,6 +305,44 @@ def test_slow_drip_is_overtaken_and_its_late_bytes_are_not_needed(pack: Pack, ta
     assert len(good.reads) == 1
 
 
+def test_a_read_that_is_late_and_fails_counts_once(pack: Pack, target: FileTarget) -> None:
+    gate = Gate()
+    late = MemorySource([pack], "late", before=gate, change=raises(RemoteError("at last")))
+    with Engine([late, MemorySource([pack], "good")], threads=2, patience=0.05) as engine:
+        engine.request(target, 0, FRAMES * 2 * BLOCK).result(WAIT)
+        gate.open()
+        eventually(lambda: engine.stats()["in_flight"] == 0)
+        assert engine.stats()["sources"]["late"]["failed"] == 1
+        assert engine.stats()["retries"] == 1
+    assert sorted(target.writes) == list(range(FRAMES))
+
+
+def test_what_nobody_waits_for_is_not_tried_again(pack: Pack, target: FileTarget) -> None:
+    gate = Gate()
+    source = MemorySource([pack], before=gate, change=raises(RemoteError("no")))
+    with Engine([source], threads=2, retries=5, backoff=0.01) as engine:
+        future = engine.request(target, 0, 1, deadline=time.monotonic() + 0.05)
+        with pytest.raises(RemoteError, match="in time"):
+            future.result(WAIT)
+        gate.open()
+        eventually(lambda: not len(engine._schedule))
+        assert engine.stats()["retries"] == 0
+    assert len(source.reads) == 1
+
+
+def test_closing_ends_the_retries(pack: Pack, target: FileTarget) -> None:
+    gate = Gate()
+    sources = [MemorySource([pack], name, before=gate, change=raises(RemoteError("no"))) for name in ("one", "two")]
+    engine = Engine(sources, threads=2)
+    future = engine.request(target, 0, 1)
+    gate.wait_for()
+    threading.Timer(0.05, gate.open).start()
+    engine.close()
+    with pytest.raises(RemoteError, match=r"no source has it: one: no$"):
+        future.result(0)
+    assert not sources[1].reads
+
+
 def test_late_bytes_serve_when_they_are_first(pack: Pack, target: FileTarget) -> None:
     slow, slower = Gate(), Gate()
     sources = [MemorySource([pack], "slow", before=slow), MemorySource([pack], "slower", before=slower)]

@@ -289,6 +289,26 @@ def test_no_mark_is_taken_back_during_a_sync_by_this_or_another_opening(presence
     other.close()
 
 
+def test_a_map_is_not_opened_while_another_opening_changes_it(presence: Presence, path: Path) -> None:
+    """Else the marks of one who has opened it in this boot could become SUSPECT by one who began before."""
+    presence.mark_written(1)
+    opened = threading.Event()
+
+    def open_it() -> None:
+        with Presence.open(path, 10, boot=ONE):
+            opened.set()
+
+    thread = threading.Thread(target=open_it)
+
+    def sync() -> None:
+        thread.start()
+        assert not opened.wait(0.1)
+
+    presence.make_durable(sync)
+    assert opened.wait(20)
+    thread.join()
+
+
 def test_flock_is_left_to_the_cache(presence: Presence, path: Path) -> None:
     fcntl.flock(presence.fileno(), fcntl.LOCK_SH)
     with Presence.open(path, 10, boot=TWO) as other, path.open("rb") as third:
