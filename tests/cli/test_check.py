@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -384,7 +385,7 @@ def test_unreferenced_blobs_are_no_problem(victim: Victim):
     report = victim.erofsgen("check", "--json").json
     assert report["problems"] == []
     assert report["unreferenced"]
-    assert "belong to no image; see `erofsgen gc`" in victim.erofsgen("check").lines[-1]
+    assert "in no image; see `erofsgen gc`" in victim.erofsgen("check").lines[-1]
     digest = next(iter(report["unreferenced"]))
     victim.flip(digest, 3)
     assert f"{digest} differs from its digest (no image needs it)" in victim.text()
@@ -400,9 +401,10 @@ def test_names_in_blobs_that_are_no_digests(victim: Victim):
 
 @pytest.mark.mount
 def test_a_read_only_store_can_be_checked(sample, mount_point: Path):
-    subprocess.run(["mount", "--bind", "-o", "ro", sample.store, mount_point], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", mount_point], check=True)
-    sample.options[1] = str(mount_point)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "none", mount_point], check=True)
+    shutil.copytree(sample.store, mount_point / "store")
+    subprocess.run(["mount", "-o", "remount,ro", mount_point], check=True)
+    sample.options[1] = str(mount_point / "store")
     assert sample("check", "--json").json["problems"] == []
 
 
