@@ -6,10 +6,10 @@ import io
 import tarfile
 
 import pytest
-from erofsgen.oci.images import open_image
 
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.pipeline import build_image
+from erofsgen.oci.images import open_image
 
 
 def write_tar(path, files, **attributes):

@@ -11,12 +11,12 @@ import subprocess
 import time
 
 import pytest
-from erofsgen.oci.images import open_image
 
 from erofsgen.build.gc import collect
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.pipeline import build_image
 from erofsgen.errors import BusyError, ErofsgenError, IntegrityError, UsageError
+from erofsgen.oci.images import open_image
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 import zstandard
 from blake3 import blake3
-from erofsgen.erofs.writer import write_index
 
 from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, Device, Inode
+from erofsgen.erofs.writer import write_index
 from erofsgen.host import linux
 from erofsgen.pack.writer import PackWriter
 from erofsgen.store.base import Descriptor
