@@ -32,12 +32,11 @@ def command(settings: Settings, images: tuple[str, ...], threads: int | None) ->
     else:
         for problem in report.problems:
             output.line(output.one_line(problem.line()))
-        counts = f"{report.images} images, {report.packs} packs, {output.size(report.bytes)} read"
-        found = f"{len(report.problems)} problems" if report.problems else "no problems"
-        output.line(f"{counts}: {found}")
+        counts = f"{output.counted(report.images, 'image')}, {output.counted(report.packs, 'pack')}"
+        found = output.counted(len(report.problems), "problem") if report.problems else "no problems"
+        output.line(f"{counts}, {output.size(report.bytes)} read: {found}")
         if report.unreferenced:
             loose = sum(report.unreferenced.values())
-            output.line(
-                f"{len(report.unreferenced)} blobs of {output.size(loose)} belong to no image; see `erofsgen gc`"
-            )
+            blobs = output.counted(len(report.unreferenced), "blob")
+            output.line(f"{blobs} of {output.size(loose)} in no image; see `erofsgen gc`")
     return IntegrityError.exit_code if report.problems else 0

@@ -25,6 +25,6 @@ def command(settings: Settings, dry_run: bool) -> None:
         return
     done = "would delete" if dry_run else "deleted"
     output.line(
-        f"{done} {result.blobs} blobs, {output.size(result.bytes)}; "
-        f"kept {result.kept_blobs} blobs, {output.size(result.kept_bytes)}"
+        f"{done} {output.counted(result.blobs, 'blob')}, {output.size(result.bytes)}; "
+        f"kept {output.counted(result.kept_blobs, 'blob')}, {output.size(result.kept_bytes)}"
     )

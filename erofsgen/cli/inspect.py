@@ -26,8 +26,10 @@ def command(settings: Settings, image: str) -> None:
     stored = sum(pack.stored for pack in facts.packs)
     space = sum(pack.device_size for pack in facts.packs)
     common = sum(pack.used for pack in facts.packs if pack.shared_with)
-    where = f"{size(index.mapped_bytes)} in {size(index.unique_bytes)} of packs, "
-    where += f"{size(index.inline_bytes)} in the index, {size(index.hole_bytes)} holes"
+    where = (
+        f"{size(index.mapped_bytes)} in packs, {size(index.inline_bytes)} in the index, {size(index.hole_bytes)} holes"
+    )
+    blocks = f"{size(index.unique_bytes)} of it used by this image"
     output.facts(
         [
             ("image", output.printable(facts.name)),
@@ -39,7 +41,7 @@ def command(settings: Settings, image: str) -> None:
             ("index", f"{size(index.size)}, {size(index.stored)} stored, {index.digest}"),
             ("files", ", ".join(f"{count:,} {kind}" for kind, count in index.inodes.items())),
             ("file data", f"{size(index.file_bytes)}: {where}"),
-            ("packs", f"{len(facts.packs)}, {size(space)} of device space, {size(stored)} stored"),
+            ("packs", f"{len(facts.packs)}, {size(stored)} stored; {size(space)} of device space, {blocks}"),
             ("shared", f"{size(common)} in packs that other images have, too ({output.share(common, space)})"),
         ]
     )

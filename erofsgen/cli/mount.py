@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from erofsgen.cli.shared import Settings, image_argument, verb
-from erofsgen.errors import UnsupportedError, UsageError
+from erofsgen.errors import UnsupportedError
 
 
 @verb(json=True)
@@ -23,8 +23,6 @@ def command(settings: Settings, image: str, target: Path, eager: bool, rw: bool,
     from erofsgen.cli import output
     from erofsgen.host.mounts import mount
 
-    if not target.is_dir():
-        raise UsageError(f"{target}: not a directory", hint="create it first")
     opened = settings.open_image(image)
     with settings.progress() as progress:
         info = mount(opened, target, root=settings.root, rw=rw or upper is not None, upper=upper, progress=progress)

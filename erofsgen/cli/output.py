@@ -61,6 +61,11 @@ def size(count: int) -> str:
     return f"{amount:.1f} {unit}"
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """``1 blob``, ``2 blobs``, ``3 indexes``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def share(part: int, whole: int) -> str:
     """``part`` of ``whole`` in per cent."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -127,11 +127,13 @@ class _Check:
             if (known.size, known.media_type) != (descriptor.size, descriptor.media_type):
                 self._problem(name, descriptor.digest, "the store's references disagree on its size or media type")
         self._manifests = len(manifests)
-        with self._progress.task(f"checking {len(manifests)} indexes") as task:
+        with self._progress.task(f"checking indexes ({len(manifests)})") as task:
             for name, descriptor in manifests.values():
                 with self._finding(name):
                     self._image(name, descriptor, task)
-        with self._progress.task(f"checking {len(self._packs)} packs", sum(pack.size for pack in self._packs)) as task:
+        with self._progress.task(
+            f"checking packs ({len(self._packs)})", sum(pack.size for pack in self._packs)
+        ) as task:
             reports = self._parallel(lambda pack: check_pack(self._store, pack, task), list(self._packs))
         for (pack, names), report in zip(self._packs.items(), reports, strict=True):
             self._add(pack, names, report)

@@ -1,8 +1,9 @@
 """An image's files into a directory, faithfully and without ever following what it has just made.
 
-Every name is used relative to the descriptor of its directory, with O_NOFOLLOW and O_EXCL, so neither a hostile index
-nor somebody else who writes below the destination can lead a write outside. Attributes that a later step would change
-come last: owner before mode and capabilities, times at the end, a directory's when its content is complete.
+The whole index is walked before anything is written, which shows that its directories form a tree and that names are
+names. Every name is used relative to the descriptor of its directory, with O_NOFOLLOW and O_EXCL, so neither a hostile
+index nor somebody else who writes below the destination can lead a write outside. Attributes that a later step would
+change come last: owner before mode and capabilities, times at the end, a directory's when its content is complete.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import BinaryIO, Final
 import msgspec
 
 from erofsgen.erofs.node import Node
-from erofsgen.errors import FormatError, StorageError, UsageError
+from erofsgen.errors import StorageError, UsageError
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.image import Image
 
@@ -77,7 +78,7 @@ def new_file(path: str) -> Iterator[BinaryIO]:
 
 
 def file_bytes(image: Image) -> int:
-    """Bytes that the image's regular files hold, hard links counted once."""
+    """Bytes that the image's regular files hold, hard links counted once. Walks the whole index."""
     sizes = {node.nid: node.size for _, node in image.index.walk() if stat.S_ISREG(node.mode)}
     return sum(sizes.values())
 
@@ -90,13 +91,6 @@ def device_bytes(image: Image, device: int, start: int, length: int) -> Iterator
         step = min(_PIECE, end - start)
         yield reader.read(start, step)
         start += step
-
-
-def check_name(name: bytes, directory: bytes) -> bytes:
-    """``name``, unless it could mean anything but an entry of its directory. Raises FormatError."""
-    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
-        raise FormatError(f"/{os.fsdecode(directory)}: the index has the impossible name {name!r}")
-    return name
 
 
 def _allow_depth() -> None:
@@ -126,7 +120,6 @@ class _Extraction:
         self._task = task
         self._root = os.geteuid() == 0
         self._links: dict[int, bytes] = {}
-        self._directories: set[int] = set()
         self._entries = 0
         self._bytes = 0
         self._skipped: dict[str, int] = {}
@@ -138,7 +131,7 @@ class _Extraction:
 
     def _directory(self, path: bytes, node: Node, descriptor: int) -> None:
         """Fill the tree below an open directory, depth first, without recursion: a tree may be deep."""
-        stack = [(path, node, descriptor, self._children(path, node))]
+        stack = [(path, node, descriptor, node.children())]
         try:
             while stack:
                 path, node, descriptor, children = stack[-1]
@@ -157,20 +150,13 @@ class _Extraction:
                     if stat.S_ISDIR(child.mode):
                         os.mkdir(name, 0o700, dir_fd=descriptor)
                         opened = os.open(name, _DIRECTORY, dir_fd=descriptor)
-                        stack.append((here, child, opened, self._children(here, child)))
+                        stack.append((here, child, opened, child.children()))
                     else:
                         self._file(here, name, child, descriptor)
         finally:
             for _, _, descriptor, _ in stack:
                 if descriptor != self._top:
                     os.close(descriptor)
-
-    def _children(self, path: bytes, node: Node) -> Iterator[tuple[bytes, Node]]:
-        if node.nid in self._directories:
-            raise FormatError(f"/{os.fsdecode(path)}: the index has this directory twice")
-        self._directories.add(node.nid)
-        for name, child in node.children():
-            yield check_name(name, path), child
 
     @contextmanager
     def _blame(self, path: bytes) -> Iterator[None]:

@@ -284,7 +284,7 @@ def test_a_full_output_is_an_error(sample):
 
 
 def test_progress_goes_to_standard_error(sample, tmp_path: Path):
-    assert sample("check", "sample:1").err.splitlines()[0] == "erofsgen: checking 1 indexes"
+    assert sample("check", "sample:1").err.splitlines()[0] == "erofsgen: checking indexes (1)"
     assert sample("--quiet", "check", "sample:1").err == ""
     assert sample("check", "sample:1", "-q").err == ""
 
