@@ -133,6 +133,8 @@ class FaultyRegistry:
     issued: int = 0
     expires_in: int = 300
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
+    """Set when the server stops; whoever dawdles waits for it."""
 
     def fault(self, pattern: str, action: Action, times: int = 1) -> None:
         self.faults.append(Fault(pattern, action, times))
@@ -175,6 +177,7 @@ class FaultyRegistry:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 10
     registry: FaultyRegistry
 
     def log_message(self, *args: Any) -> None:
@@ -190,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             )
             if fault:
                 fault.times -= 1
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             if fault:
                 fault.action(self)
             else:
@@ -270,7 +273,7 @@ def faulty_registry(certificate: tuple[Path, Path] | None = None) -> Iterator[Fa
     handler = type("BoundHandler", (Handler,), {"registry": registry})
 
     class Server(ThreadingHTTPServer):
-        daemon_threads = True
+        daemon_threads = False  # server_close waits for them: nothing of one test runs into the next
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Clients that hang up are part of the tests."""
@@ -286,6 +289,7 @@ def faulty_registry(certificate: tuple[Path, Path] | None = None) -> Iterator[Fa
         try:
             yield registry
         finally:
+            registry.closing.set()
             server.shutdown()
             thread.join()
 
@@ -365,7 +369,7 @@ def silent(seconds: float) -> Action:
     """No answer for a while, then a broken connection."""
 
     def action(handler: Handler) -> None:
-        time.sleep(seconds)
+        handler.registry.closing.wait(seconds)
         handler.close_connection = True
 
     return action

@@ -506,7 +506,7 @@ def drip(handler):
     handler.start(Content_Length="200000")
     for _ in range(300):
         handler.wfile.write(b"x")
-        time.sleep(0.02)
+        handler.registry.closing.wait(0.02)
 
 
 @pytest.mark.parametrize("path", ["/manifests/", BLOB])
@@ -527,7 +527,7 @@ def test_closing_does_not_wait_for_the_network(headers, image, faulty, pull):
             handler.start(Content_Length="200000")
             handler.wfile.write(LAYER[:1000])
         began.set()
-        time.sleep(3)
+        handler.registry.closing.wait(5)
 
     faulty.fault(BLOB, stall)
     opened = pull(faulty, policy=dataclasses.replace(QUICK, read_timeout=30))
