@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Final
 
 import msgspec
@@ -120,24 +121,12 @@ class Assembler:
         self._limit_devices(contributed, poor)
         if not poor.any():
             return table
-        readers: dict[int, PackReader] = {}
         moved = used[poor[packs]]
         moved = moved[np.lexsort((table["block"][moved], table["pack"][moved]))]  # neighbours stay neighbours
         places = []
-        for number in moved:
-            row = table[number]
-            pack = int(row["pack"])
-            if pack not in readers:
-                readers[pack] = open_pack(self._store, pack_from_descriptor(self.packs[pack]))
-            reader = readers[pack]
-            chunk = reader.read(int(row["block"]) * BLOCK, int(row["length"]))
-            digest = row["digest"].tobytes()
-            if blake3(chunk).digest() != digest:
-                raise IntegrityError(
-                    f"pack {self.packs[pack].digest}: the chunk at block {int(row['block'])} differs from its digest",
-                    hint="run `erofsgen check`",
-                )
-            places.append(packer.add(chunk, digest, raw=reader.toc.raw))
+        for pack, rows in groupby(table[moved], itemgetter("pack")):
+            reader = open_pack(self._store, pack_from_descriptor(self.packs[int(pack)]))
+            places += [packer.add(_chunk(reader, row), row["digest"].tobytes(), raw=reader.toc.raw) for row in rows]
         numbers = np.array([self._number(pack.descriptor) for pack in packer.flush()], np.uint16)
         new = np.array(places, np.int64)
         table["pack"][moved] = numbers[new[:, 0]]
@@ -215,6 +204,17 @@ class _Fingerprints:
         hasher.update(b"".join(digests[32 * number : 32 * number + 32] for number in inode.chunks))
         hasher.update(inode.size.to_bytes(8, "little"))
         return hasher.digest()
+
+
+def _chunk(reader: PackReader, row: np.void) -> bytes:
+    """The bytes of a chunk by its row of :data:`CHUNK_ROW`. The dictionary it may come from is only a hint."""
+    chunk = reader.read(int(row["block"]) * BLOCK, int(row["length"]))
+    if blake3(chunk).digest() != row["digest"].tobytes():
+        raise IntegrityError(
+            f"{reader.what}: the chunk at block {int(row['block'])} differs from its digest",
+            hint="run `erofsgen check`",
+        )
+    return chunk
 
 
 def _renumber(entries: Iterable[Entry], base: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
+from typing import Final
 
 import msgspec
 
@@ -11,6 +13,9 @@ from erofsgen.build.record import record_packs
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
+
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+"""Files with other names are not ours to delete; `check` tells about them."""
 
 
 class GcResult(msgspec.Struct, frozen=True):
@@ -32,7 +37,7 @@ def collect(store: DirectoryStore, *, dry_run: bool = False, progress: Progress 
     """
     with store.collecting(), progress.task("collecting garbage"):
         reached = _reached(store)
-        blobs = dict(store.blobs())
+        blobs = {digest: size for digest, size in store.blobs() if _DIGEST.fullmatch(digest)}
         garbage = blobs.keys() - reached
         stale = [key for key in store.records() if _stale(store, key, garbage)]
         if not dry_run:

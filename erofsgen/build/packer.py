@@ -183,8 +183,8 @@ class Packer:
             pack, frame, size = item
             try:
                 if self._error is not None:
-                    pack.done.cancel()
-                elif frame is None:
+                    raise self._error  # every pack's future must end, or flush would wait for it for ever
+                if frame is None:
                     self._commits.submit(self._finish, pack)
                 else:
                     stored, digest = frame.result()
@@ -202,7 +202,8 @@ class Packer:
             pack.done.set_result(NewPack(descriptor, np.array(pack.chunks, fmt.CHUNK)))
         except BaseException as error:  # noqa: BLE001  (handed to the caller's thread)
             self._error = error
-            pack.done.set_exception(error)
+            if not pack.done.done():
+                pack.done.set_exception(error)
 
 
 def compressible(sample: bytes | memoryview, *, level: int = 1) -> bool:

@@ -11,8 +11,10 @@ from blake3 import blake3
 from erofsgen.errors import FormatError, IntegrityError
 from erofsgen.pack.toc import ReadRange, Toc
 
-_KEPT_FRAMES: Final = 4
-"""Decompressed frames kept by a reader: neighbouring small files share one, and a reader walks forward."""
+_KEPT_FRAMES: Final = 8
+
+FrameCache = OrderedDict[tuple[str, int], bytes]
+"""Frames used last, by pack and number. Readers may share one: neighbouring small files lie in one frame."""
 
 
 def open_frame(stored: bytes, toc: Toc, frame: int, *, what: str) -> bytes:
@@ -39,26 +41,30 @@ def open_frame(stored: bytes, toc: Toc, frame: int, *, what: str) -> bytes:
 
 
 class PackReader:
-    """Random access to a pack's device bytes through ``read``, a ranged read of the pack. Not thread-safe."""
+    """Random access to a pack's device bytes through ``read``, a ranged read of the pack. Not thread-safe.
 
-    def __init__(self, read: ReadRange, toc: Toc, *, what: str) -> None:
+    ``what`` names the pack in errors, and its frames in ``kept``.
+    """
+
+    def __init__(self, read: ReadRange, toc: Toc, *, what: str, kept: FrameCache | None = None) -> None:
         self._read = read
         self.toc = toc
-        self._what = what
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self.what = what
+        self._kept = FrameCache() if kept is None else kept
 
     def frame(self, number: int) -> bytes:
         """The verified device bytes of one frame."""
-        data = self._kept.get(number)
+        key = (self.what, number)
+        data = self._kept.get(key)
         if data is None:
             toc = self.toc
             stored = self._read(int(toc.offsets[number]), int(toc.sizes[number]))
-            data = open_frame(stored, toc, number, what=self._what)
-            self._kept[number] = data
+            data = open_frame(stored, toc, number, what=self.what)
+            self._kept[key] = data
             if len(self._kept) > _KEPT_FRAMES:
                 self._kept.popitem(last=False)
         else:
-            self._kept.move_to_end(number)
+            self._kept.move_to_end(key)
         return data
 
     def read(self, offset: int, length: int) -> bytes:
@@ -67,7 +73,7 @@ class PackReader:
         Raises FormatError (outside the device), IntegrityError (a frame is damaged), and what ``read`` raises.
         """
         if offset < 0 or length < 0 or offset + length > self.toc.device_size:
-            raise FormatError(f"{self._what}: bytes {offset}+{length} are outside the device")
+            raise FormatError(f"{self.what}: bytes {offset}+{length} are outside the device")
         pieces = []
         for number in self.toc.frames(offset, length):
             start = int(self.toc.device_offsets[number])

@@ -28,7 +28,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -41,10 +41,11 @@ _WRITEBACK: Final = 16 << 20
 """Bytes after which the kernel is asked to start writing, so that the fsync at the end has little left to do."""
 
 
-class _Index(msgspec.Struct, rename={"schema_version": "schemaVersion", "media_type": "mediaType"}):
-    schema_version: int = 2
-    media_type: str = "application/vnd.oci.image.index.v1+json"
-    manifests: list[Descriptor] = []
+_EMPTY_INDEX: Final = {
+    "schemaVersion": 2,
+    "mediaType": "application/vnd.oci.image.index.v1+json",
+    "manifests": [],
+}
 
 
 class DirectoryStore(Store):
@@ -68,7 +69,7 @@ class DirectoryStore(Store):
         if not (self.path / "index.json").exists():
             with self._lock("lock.references", fcntl.LOCK_EX):
                 if not (self.path / "index.json").exists():
-                    self._replace(self.path / "index.json", msgspec.json.encode(_Index()))
+                    self._replace(self.path / "index.json", msgspec.json.encode(_EMPTY_INDEX))
         if not (self.path / "oci-layout").exists():
             self._replace(self.path / "oci-layout", _LAYOUT)
 
@@ -126,17 +127,14 @@ class DirectoryStore(Store):
             self.blob_path(digest).unlink(missing_ok=True)
 
     def references(self) -> dict[str, Descriptor]:
-        return {
-            name: manifest
-            for manifest in self._read_index().manifests
-            if (name := manifest.annotations.get(REF_NAME)) is not None
-        }
+        manifests = msgspec.convert(self._read_index()["manifests"], list[Descriptor])
+        return {name: item for item in manifests if (name := item.annotations.get(REF_NAME)) is not None}
 
     def tag(self, name: str, manifest: Descriptor) -> None:
+        named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name})
         with self._changing_index() as index:
             _remove(index, name)
-            named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name})
-            index.manifests.append(named)
+            index["manifests"].append(msgspec.to_builtins(named))
 
     def untag(self, name: str) -> None:
         with self._changing_index() as index:
@@ -176,19 +174,22 @@ class DirectoryStore(Store):
         except BlockingIOError:
             raise BusyError(f"{self.url}: a build is running", hint="try again when it has finished") from None
 
-    def _read_index(self) -> _Index:
+    def _read_index(self) -> dict[str, Any]:
+        """index.json as it is: what other tools wrote into it stays."""
         path = self.path / "index.json"
         try:
-            return msgspec.json.decode(path.read_bytes(), type=_Index)
+            index = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+            msgspec.convert(index.setdefault("manifests", []), list[Descriptor])
         except FileNotFoundError:
             raise NotFoundError(f"no store at {self.path}", hint="build an image first") from None
         except msgspec.MsgspecError as error:
             raise FormatError(f"{path}: {error}") from None
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from error
+        return index
 
     @contextmanager
-    def _changing_index(self) -> Iterator[_Index]:
+    def _changing_index(self) -> Iterator[dict[str, Any]]:
         with self._lock("lock.references", fcntl.LOCK_EX):
             index = self._read_index()
             yield index
@@ -283,10 +284,11 @@ def _storage(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror}", hint=hint) from error
 
 
-def _remove(index: _Index, name: str) -> bool:
-    before = len(index.manifests)
-    index.manifests[:] = [m for m in index.manifests if m.annotations.get(REF_NAME) != name]
-    return len(index.manifests) != before
+def _remove(index: dict[str, Any], name: str) -> bool:
+    manifests = index["manifests"]
+    kept = [item for item in manifests if (item.get("annotations") or {}).get(REF_NAME) != name]
+    index["manifests"] = kept
+    return len(kept) != len(manifests)
 
 
 def _sync_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ import zstandard
 from erofsgen.erofs.node import Node
 from erofsgen.erofs.reader import Index
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
-from erofsgen.pack.reader import PackReader
+from erofsgen.pack.reader import FrameCache, PackReader
 from erofsgen.pack.toc import Toc
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
@@ -44,6 +44,7 @@ class Image:
         self.index_descriptor = layers[0]
         self.packs = tuple(pack_from_descriptor(layer, slot, of=name) for slot, layer in enumerate(layers[1:], 1))
         self._readers: dict[int, PackReader] = {}
+        self._kept = FrameCache()
 
     @classmethod
     def open(cls, store: Store, name: str) -> Image:
@@ -101,7 +102,7 @@ class Image:
         if reader is None:
             if not 1 <= slot <= len(self.packs):
                 raise FormatError(f"{self.name}: no device {slot}")
-            reader = self._readers[slot] = open_pack(self.store, self.packs[slot - 1])
+            reader = self._readers[slot] = open_pack(self.store, self.packs[slot - 1], kept=self._kept)
         return reader
 
     def read(self, node: Node, *, piece: int = 1 << 20) -> Iterator[bytes]:
@@ -118,13 +119,13 @@ class Image:
                 done += step
 
 
-def open_pack(store: Store, pack: Pack) -> PackReader:
-    """Read and check a pack's TOC, then give access to its device bytes."""
+def open_pack(store: Store, pack: Pack, *, kept: FrameCache | None = None) -> PackReader:
+    """Read and check a pack's TOC, then give access to its device bytes. ``kept`` is a cache to share, if any."""
     what = f"pack {pack.digest}"
     toc = Toc(store.read(pack.digest, pack.toc.offset, pack.toc.size), pack.toc, what=what)
     if toc.raw != pack.raw or toc.device_size != pack.device_size:
         raise FormatError(f"{what}: its table of contents contradicts the manifest")
-    return PackReader(lambda offset, length: store.read(pack.digest, offset, length), toc, what=what)
+    return PackReader(lambda offset, length: store.read(pack.digest, offset, length), toc, what=what, kept=kept)
 
 
 def read_blob(store: Store, digest: str, size: int, *, limit: int) -> bytes:
