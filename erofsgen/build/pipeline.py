@@ -150,7 +150,8 @@ class _Build:
             return
         layers = self._source.layers
         keys = [records.record_key(layer.digest, self._options) for layer in layers]
-        usable = {key for key in keys if self._usable(key)}
+        reuse = self._options.reuse_layers
+        usable = {key for key in keys if reuse and records.usable(self._store, key)}
         missing = {key: index for index, key in reversed(list(enumerate(keys))) if key not in usable}
         self._source.fetch(sorted(missing.values()))
         for index, (layer, key) in enumerate(zip(layers, keys, strict=True)):
@@ -161,12 +162,6 @@ class _Build:
                 record = self._layer(index, layer)
                 self._store.put_record(key, records.encode(record))
             yield record
-
-    def _usable(self, key: str) -> bool:
-        if not self._options.reuse_layers:
-            return False
-        packs = records.record_packs(self._store, key)
-        return packs is not None and all(self._store.size(pack.digest) == pack.size for pack in packs)
 
     def _layer(self, index: int, layer: Layer) -> LayerRecord:
         what = f"layer {layer.digest}"

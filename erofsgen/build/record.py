@@ -65,7 +65,7 @@ def load(store: Store, key: str) -> LayerRecord | None:
     """The record under ``key``, None where there is none that can be used: it is missing, damaged or of another
     version, or a pack it needs is gone from the store."""
     outer = _outer(store.record(key))
-    if outer is None or any(store.size(pack.digest) != pack.size for pack in outer.packs):
+    if outer is None or not _has_packs(store, outer):
         return None
     try:
         body = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(outer.body), type=_Body)
@@ -77,10 +77,20 @@ def load(store: Store, key: str) -> LayerRecord | None:
     return LayerRecord(body.entries, outer.packs, chunks)
 
 
+def usable(store: Store, key: str) -> bool:
+    """Whether there is a record of this version whose packs the store has. :func:`load` looks further inside."""
+    outer = _outer(store.record(key))
+    return outer is not None and _has_packs(store, outer)
+
+
 def record_packs(store: Store, key: str) -> list[Descriptor] | None:
     """Only the packs of a record, None where it cannot be used."""
     outer = _outer(store.record(key))
     return None if outer is None else outer.packs
+
+
+def _has_packs(store: Store, outer: _Record) -> bool:
+    return all(store.size(pack.digest) == pack.size for pack in outer.packs)
 
 
 def _outer(data: bytes | None) -> _Record | None:

@@ -12,7 +12,6 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
 
@@ -93,8 +92,7 @@ def _devices(data: bytearray, superblock: fmt.Superblock) -> tuple[tuple[int, ..
 def _write_superblock(data: bytearray, superblock: fmt.Superblock) -> None:
     fmt.SUPER.pack_into(data, fmt.SUPER_OFFSET, *superblock._replace(checksum=0))
     if superblock.feature_compat & fmt.COMPAT_SB_CHKSUM:
-        # the kernel's crc32c is not inverted at the end
-        checksum = crc32c.crc32c(bytes(data[fmt.SUPER_OFFSET : fmt.BLOCK_SIZE])) ^ 0xFFFF_FFFF
+        checksum = fmt.checksum(data[fmt.SUPER_OFFSET : fmt.BLOCK_SIZE])
         fmt.SUPER.pack_into(data, fmt.SUPER_OFFSET, *superblock._replace(checksum=checksum))
 
 
