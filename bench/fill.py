@@ -17,8 +17,8 @@ from pathlib import Path
 import zstandard
 from blake3 import blake3
 
-from erofsgen.host.fill import Engine, Priority, StoreSource
-from erofsgen.host.presence import Presence
+from erofsgen.host.cache.presence import Presence
+from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.pack.reader import open_frame
 from erofsgen.pack.toc import Toc
 from erofsgen.pack.writer import PackWriter

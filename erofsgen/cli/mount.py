@@ -21,7 +21,7 @@ def command(settings: Settings, image: str, target: Path, eager: bool, rw: bool,
     if not eager:
         raise UnsupportedError("lazy mounts are not in this version", hint="mount with --eager")
     from erofsgen.cli import output
-    from erofsgen.host.mounts import mount
+    from erofsgen.host.mount.mounts import mount
 
     opened = settings.open_image(image)
     with settings.progress() as progress:

@@ -9,7 +9,7 @@ from erofsgen.cli.shared import Settings, verb
 def command(settings: Settings) -> None:
     """List this host's mounts."""
     from erofsgen.cli import output
-    from erofsgen.host.mounts import mounts
+    from erofsgen.host.mount.mounts import mounts
 
     found = mounts(settings.root)
     if settings.json:

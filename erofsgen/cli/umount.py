@@ -17,6 +17,6 @@ def command(settings: Settings, target: Path, force: bool) -> None:
 
     DIR is where `erofsgen mount` put it.
     """
-    from erofsgen.host.mounts import unmount
+    from erofsgen.host.mount.mounts import unmount
 
     unmount(target, root=settings.root, force=force)

@@ -1,1 +1,1 @@
-"""The host: cache and mounts."""
+"""The host: cache, fill engine, mounts, and the daemon that makes mounts lazy."""

@@ -14,6 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+FALLOC_FL_KEEP_SIZE: Final = 1  # linux/falloc.h
+FALLOC_FL_PUNCH_HOLE: Final = 2  # linux/falloc.h
+FAN_ALLOW: Final = 1  # linux/fanotify.h
+FAN_CLASS_PRE_CONTENT: Final = 0x8  # linux/fanotify.h
+FAN_CLOEXEC: Final = 0x1  # linux/fanotify.h
+FAN_DENY: Final = 2  # linux/fanotify.h
+FAN_MARK_ADD: Final = 0x1  # linux/fanotify.h
+FAN_MARK_REMOVE: Final = 0x2  # linux/fanotify.h
+FAN_NONBLOCK: Final = 0x2  # linux/fanotify.h
+FAN_PRE_ACCESS: Final = 0x100000  # linux/fanotify.h
+FAN_UNLIMITED_MARKS: Final = 0x20  # linux/fanotify.h
+FAN_UNLIMITED_QUEUE: Final = 0x10  # linux/fanotify.h
 FICLONE: Final = 0x40049409  # linux/fs.h
 FSCONFIG_CMD_CREATE: Final = 6  # linux/mount.h
 FSCONFIG_SET_FLAG: Final = 0  # linux/mount.h
@@ -33,6 +45,7 @@ NR_FSCONFIG: Final = 431  # asm-generic/unistd.h
 NR_FSMOUNT: Final = 432  # asm-generic/unistd.h
 NR_FSOPEN: Final = 430  # asm-generic/unistd.h
 NR_MOVE_MOUNT: Final = 429  # asm-generic/unistd.h
+RWF_DONTCACHE: Final = 0x80  # linux/fs.h
 UMOUNT_NOFOLLOW: Final = 8  # linux/fs.h
 
 FSCONFIG_STRING_LIMIT: Final = 255
@@ -41,6 +54,9 @@ FSCONFIG_STRING_LIMIT: Final = 255
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.fanotify_init.argtypes = (ctypes.c_uint, ctypes.c_uint)
+_libc.fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p)
 
 
 class _LoopInfo64(ctypes.Structure):
@@ -124,6 +140,43 @@ def umount(target: str | os.PathLike[str], flags: int = 0) -> None:
     path = os.fspath(target)
     if _libc.umount2(os.fsencode(path), flags) < 0:
         _raise(path)
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """A notification group; events' descriptors are opened with ``event_flags``. EINVAL: a flag the kernel lacks."""
+    group: int = _libc.fanotify_init(flags, event_flags)
+    if group < 0:
+        _raise(None)
+    return group
+
+
+def fanotify_mark(group: int, flags: int, mask: int, descriptor: int) -> None:
+    """Add or remove a mark on the inode behind ``descriptor``, which must not be ``O_PATH``.
+
+    EINVAL: the kernel lacks an event of ``mask``; EOPNOTSUPP: the file system does. ENOENT: no such mark to remove.
+    """
+    if _libc.fanotify_mark(group, flags, mask, descriptor, None) < 0:
+        _raise(None)
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Give a range's space back; it reads as zeros afterwards."""
+    if _libc.fallocate(descriptor, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) < 0:
+        _raise(None)
+
+
+def sole_user(descriptor: int) -> bool:
+    """Whether no other open file refers to the file behind ``descriptor``, in any process, mount or the kernel itself.
+
+    Asked by taking a write lease and giving it back (fs/locks.c, check_conflicting_open), so it is true of the moment
+    only. Duplicates of ``descriptor`` do not count. False where the file system has no leases.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError:
+        return False
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return True
 
 
 def clone_file(source: int, target: int) -> None:

@@ -15,7 +15,7 @@ from samples import snapshot
 from servers import docker_registry
 
 from erofsgen.build.pipeline import build_image
-from erofsgen.host.mounts import mount, unmount
+from erofsgen.host.mount.mounts import mount, unmount
 from erofsgen.oci.images import open_image
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image

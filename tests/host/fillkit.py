@@ -16,7 +16,7 @@ from typing import NamedTuple
 import zstandard
 from blake3 import blake3
 
-from erofsgen.host.presence import Presence
+from erofsgen.host.cache.presence import Presence
 from erofsgen.pack.toc import Toc
 from erofsgen.pack.writer import PackWriter
 from erofsgen.store.directory import DirectoryStore

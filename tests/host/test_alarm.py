@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from fillkit import WAIT, no_thread_left
 
-from erofsgen.host.alarm import Alarm
+from erofsgen.host.fill.alarm import Alarm
 
 NEVER = float("inf")
 

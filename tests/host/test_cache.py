@@ -13,7 +13,7 @@ from handmade import CHUNK, chunks_of, contents
 
 from erofsgen.errors import IntegrityError, NotFoundError, RemoteError, StorageError
 from erofsgen.host import linux
-from erofsgen.host.cache import HostCache
+from erofsgen.host.cache.cache import HostCache
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import open_pack
 
@@ -290,7 +290,7 @@ def in_child(code, *arguments):
 MATERIALISE = """
 import sys, threading, time
 from pathlib import Path
-from erofsgen.host.cache import HostCache
+from erofsgen.host.cache.cache import HostCache
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
@@ -314,8 +314,8 @@ HostCache(Path(root), threads=1).materialise(image)
 
 def test_kill_in_the_middle(sample, store_dir, tmp_path, monkeypatch):
     """SIGKILL with the first pack half-way; what comes next finishes the work."""
-    monkeypatch.setattr("erofsgen.host.cache._BATCH", CHUNK)
-    code = MATERIALISE.replace("frames = 0", "import erofsgen.host.cache as c; c._BATCH = 65536; frames = 0")
+    monkeypatch.setattr("erofsgen.host.cache.cache._BATCH", CHUNK)
+    code = MATERIALISE.replace("frames = 0", "import erofsgen.host.cache.cache as c; c._BATCH = 65536; frames = 0")
     root = tmp_path / "root"
     with in_child(code, root, store_dir, 0.3) as child:
         for line in child.stdout:

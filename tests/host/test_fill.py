@@ -16,7 +16,7 @@ import pytest
 from fillkit import BLOCK, WAIT, FileTarget, Gate, MemorySource, Pack, eventually, make_pack, no_thread_left
 
 from erofsgen.errors import BusyError, ErofsgenError, RemoteError, StorageError, UsageError
-from erofsgen.host.fill import Engine, Priority, StoreSource
+from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.store.directory import DirectoryStore
 
 
@@ -560,7 +560,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from fillkit import FileTarget, make_pack
-from erofsgen.host.fill import Engine, Priority, StoreSource
+from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.store.directory import DirectoryStore
 store = DirectoryStore(sys.argv[2])
 target = FileTarget(Path(sys.argv[3]), make_pack(store, [32] * 150))

@@ -15,8 +15,8 @@ import pytest
 from fillkit import BLOCK, WAIT, FileTarget, Gate, MemorySource, Pack, eventually, make_pack, no_thread_left
 
 from erofsgen.errors import ErofsgenError, FormatError, IntegrityError, NotFoundError, RemoteError, StorageError
-from erofsgen.host.fill import Engine, Priority
-from erofsgen.host.sources import Tiers
+from erofsgen.host.fill.engine import Engine, Priority
+from erofsgen.host.fill.sources import Tiers
 from erofsgen.store.directory import DirectoryStore
 
 FRAMES = 12
@@ -132,7 +132,7 @@ def test_a_bad_source_is_named_in_the_log(pack: Pack, target: FileTarget, caplog
     assert len(lines) == 2, "a tier that lacks a blob is nothing to warn of"
     assert lines[0] == f"far-away: pack {pack.hex}: 503"
     assert lines[1].startswith(f"mirror-7: pack {pack.hex}: frame 5 ")
-    assert {record.name for record in caplog.records} == {"erofsgen.host.fill"}
+    assert {record.name for record in caplog.records} == {"erofsgen.host.fill.engine"}
 
 
 def test_when_all_sources_fail_the_error_names_each(pack: Pack, target: FileTarget) -> None:

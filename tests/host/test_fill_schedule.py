@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from erofsgen.errors import RemoteError
-from erofsgen.host.schedule import Frame, Priority, Read, Request, Schedule, State
-from erofsgen.host.sources import Tiers
+from erofsgen.host.fill.schedule import Frame, Priority, Read, Request, Schedule, State
+from erofsgen.host.fill.sources import Tiers
 
 DEMAND, AROUND, PREFETCH, SCRUB = Priority
 

@@ -12,7 +12,7 @@ from erofsgen.erofs import format as fmt
 from erofsgen.erofs.flatten import flatten
 from erofsgen.erofs.reader import Index
 from erofsgen.errors import FormatError, UnsupportedError
-from erofsgen.host.cache import HostCache
+from erofsgen.host.cache.cache import HostCache
 from erofsgen.store.directory import DirectoryStore
 
 

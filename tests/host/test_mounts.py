@@ -23,8 +23,9 @@ from erofsgen.errors import (
     UnsupportedError,
     UsageError,
 )
-from erofsgen.host import linux, superblock
-from erofsgen.host.mounts import mount, mounts, unmount
+from erofsgen.host import linux
+from erofsgen.host.mount import superblock
+from erofsgen.host.mount.mounts import mount, mounts, unmount
 
 pytestmark = pytest.mark.mount
 
@@ -317,7 +318,7 @@ class TestRefusals:
 import os, sys
 from pathlib import Path
 from erofsgen.errors import ErofsgenError
-from erofsgen.host.mounts import mount
+from erofsgen.host.mount.mounts import mount
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 image = Image.open(DirectoryStore(sys.argv[1], create=False), "sample")
@@ -338,7 +339,7 @@ except ErofsgenError as error:
 import os, sys
 from pathlib import Path
 from erofsgen.errors import ErofsgenError
-from erofsgen.host.mounts import mounts, unmount
+from erofsgen.host.mount.mounts import mounts, unmount
 os.setgid(65534); os.setuid(65534)
 for call in (lambda root: mounts(root), lambda root: unmount(Path(sys.argv[1]), root=root)):
     try:
@@ -452,7 +453,7 @@ class TestStaleStates:
         program = """
 import sys
 from pathlib import Path
-from erofsgen.host.mounts import mount, unmount
+from erofsgen.host.mount.mounts import mount, unmount
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 image = Image.open(DirectoryStore(sys.argv[1], create=False), "sample")
@@ -481,7 +482,8 @@ MOUNT = """
 import os, signal, sys
 from pathlib import Path
 from erofsgen.errors import ErofsgenError
-from erofsgen.host import linux, mounts, superblock
+from erofsgen.host import linux
+from erofsgen.host.mount import mounts, superblock
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
@@ -524,12 +526,12 @@ def test_two_processes_mount_one_image(sample, root, tmp_path, same_target):
 @pytest.mark.parametrize(
     ("how", "dies_in"),
     [
-        ("ro", "erofsgen.host.mounts.MountInfo"),  # an EROFS superblock exists, nothing is attached
-        ("loop", "erofsgen.host.mounts.MountInfo"),
-        ("rw", "erofsgen.host.superblock.mount_overlay"),  # the EROFS is attached to its private directory
+        ("ro", "erofsgen.host.mount.mounts.MountInfo"),  # an EROFS superblock exists, nothing is attached
+        ("loop", "erofsgen.host.mount.mounts.MountInfo"),
+        ("rw", "erofsgen.host.mount.superblock.mount_overlay"),  # the EROFS is attached to its private directory
         ("rw", "erofsgen.host.linux.mount_id"),  # the overlay exists
-        ("ro", "erofsgen.host.mounts.storage"),  # the state is written, the mount not attached
-        ("rw", "erofsgen.host.mounts.storage"),
+        ("ro", "erofsgen.host.mount.mounts.storage"),  # the state is written, the mount not attached
+        ("rw", "erofsgen.host.mount.mounts.storage"),
     ],
 )
 def test_kill_in_the_middle(sample, root, mount_point, how, dies_in):
@@ -548,7 +550,7 @@ def test_kill_in_the_middle(sample, root, mount_point, how, dies_in):
 
 @pytest.mark.parametrize("rw", [False, True])
 @pytest.mark.parametrize(
-    "failing", ["erofsgen.host.linux.move_mount", "erofsgen.host.mountstate.MountStates.write", "os.fsync"]
+    "failing", ["erofsgen.host.linux.move_mount", "erofsgen.host.mount.state.MountStates.write", "os.fsync"]
 )
 def test_failure_in_the_middle(sample, root, mount_point, tmp_path, monkeypatch, rw, failing):
     mount(sample.image, mount_point, root=root)  # so that the cache is complete

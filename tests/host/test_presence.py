@@ -22,7 +22,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from erofsgen.errors import StorageError
-from erofsgen.host.presence import HEADER_SIZE, Presence, State, boot_id
+from erofsgen.host.cache.presence import HEADER_SIZE, Presence, State, boot_id
 
 ONE, TWO, THREE = (bytes([number]) * 16 for number in (1, 2, 3))
 """Boot ids."""
@@ -320,7 +320,7 @@ def test_flock_is_left_to_the_cache(presence: Presence, path: Path) -> None:
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from erofsgen.host.presence import Presence
+from erofsgen.host.cache.presence import Presence
 """
 
 

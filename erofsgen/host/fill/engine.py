@@ -1,12 +1,12 @@
 """The fill engine: a range of a pack in, a future out; verified bytes land in the pack's :class:`Target`.
 
-It knows nothing of planes, mounts or stores. Worker threads take work from the schedule (erofsgen.host.schedule): they
-read neighbouring frames in one ranged read from the first tier that has them, then open each frame (decompress, check
-length and BLAKE3), and only then does the target see its bytes. zstd, BLAKE3, reading and writing let go of the GIL, so
-a few threads keep all cores busy.
+It knows nothing of planes, mounts or stores. Worker threads take work from the schedule (:mod:`.schedule`): they read
+neighbouring frames in one ranged read from the first tier that has them, then open each frame (decompress, check length
+and BLAKE3), and only then does the target see its bytes. zstd, BLAKE3, reading and writing let go of the GIL, so a few
+threads keep all cores busy.
 
-A bad frame, by itself, and a failed read, as a whole, go on to the next tier, in rounds (erofsgen.host.sources). A read
-that takes longer than ``patience`` while there is another tier is *overtaken*: its frames go on at once, another thread
+A bad frame, by itself, and a failed read, as a whole, go on to the next tier, in rounds (:mod:`.sources`). A read that
+takes longer than ``patience`` while there is another tier is *overtaken*: its frames go on at once, another thread
 takes the place of the stuck one, and whichever read brings a frame first has it.
 
 One lock, over the schedule and the counters: not held while a source reads, a target writes, a future is settled or a
@@ -36,10 +36,10 @@ from erofsgen.errors import (
     StorageError,
     UsageError,
 )
-from erofsgen.host.alarm import Alarm
-from erofsgen.host.counters import Counters, Stats
-from erofsgen.host.schedule import Frame, Priority, Read, Request, Schedule, State, Target
-from erofsgen.host.sources import Attempt, Source, StoreSource, Tiers, describe
+from erofsgen.host.fill.alarm import Alarm
+from erofsgen.host.fill.counters import Counters, Stats
+from erofsgen.host.fill.schedule import Frame, Priority, Read, Request, Schedule, State, Target
+from erofsgen.host.fill.sources import Attempt, Source, StoreSource, Tiers, describe
 from erofsgen.pack.reader import open_frame
 
 __all__ = ["Engine", "Priority", "Source", "Stats", "StoreSource", "Target"]

@@ -30,7 +30,7 @@ import msgspec
 
 from erofsgen.errors import FormatError
 from erofsgen.host import linux
-from erofsgen.host.cache import storage
+from erofsgen.host.cache.cache import storage
 
 How = Literal["file-backed", "loop"]
 

@@ -6,15 +6,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, TypedDict
 
-from erofsgen.host.schedule import Priority, Schedule
-from erofsgen.host.sources import Tiers
+from erofsgen.host.fill.schedule import Priority, Schedule
+from erofsgen.host.fill.sources import Tiers
 
 _RECENT: Final = 1024
 """Demands whose latencies are kept."""
 
 
 class SourceStats(TypedDict):
-    """Counters of one source, see :class:`erofsgen.host.sources.Health`."""
+    """Counters of one source, see :class:`erofsgen.host.fill.sources.Health`."""
 
     reads: int
     bytes: int

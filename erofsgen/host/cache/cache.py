@@ -7,7 +7,7 @@
     ├── packs/<sha256>.data.part   being filled, under flock
     ├── images/<manifest>.erofs    an image's index
     ├── images/<manifest>.flat     index and device bytes in one file (erofsgen.erofs.flatten), where loop needs it
-    ├── mnt/, upper/, mounts/      see erofsgen.host.mounts
+    ├── mnt/, upper/, mounts/      see erofsgen.host.mount.mounts
     └── lock.mounts
 
 Nothing is written to a file before its digest was checked, and a file gets its name when all of it is written, not

@@ -1,7 +1,7 @@
 """Eager mounts: all of an image is local and verified before it is mounted, and nothing runs afterwards.
 
 A read-only mount is the kernel's EROFS on the target. A read-write one is overlayfs on the target with that EROFS
-below it, which is attached nowhere else: one umount ends both. See :mod:`erofsgen.host.mountstate` for what is kept.
+below it, which is attached nowhere else: one umount ends both. See :mod:`erofsgen.host.mount.state` for what is kept.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, StorageError, UnsupportedError, UsageError
-from erofsgen.host import linux, superblock
-from erofsgen.host.cache import HostCache, settle, storage
-from erofsgen.host.holders import holders
-from erofsgen.host.mountstate import How, MountInfo, MountStates, namespace
-from erofsgen.host.overlay import Upper
+from erofsgen.host import linux
+from erofsgen.host.cache.cache import HostCache, settle, storage
+from erofsgen.host.mount import superblock
+from erofsgen.host.mount.holders import holders
+from erofsgen.host.mount.overlay import Upper
+from erofsgen.host.mount.state import How, MountInfo, MountStates, namespace
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
 

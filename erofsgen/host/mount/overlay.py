@@ -8,8 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from erofsgen.errors import UsageError
-from erofsgen.host import linux, superblock
-from erofsgen.host.cache import storage
+from erofsgen.host import linux
+from erofsgen.host.cache.cache import storage
+from erofsgen.host.mount import superblock
 
 
 class Upper:

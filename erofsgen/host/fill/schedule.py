@@ -32,7 +32,7 @@ from concurrent.futures import Future
 from enum import Enum, IntEnum, auto
 from typing import Final, Protocol
 
-from erofsgen.host.sources import Attempt, Tiers
+from erofsgen.host.fill.sources import Attempt, Tiers
 from erofsgen.pack.toc import Toc
 
 

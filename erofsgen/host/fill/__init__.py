@@ -1,0 +1,1 @@
+"""The fill engine: a range of a pack in, verified bytes in a target out."""

@@ -1,0 +1,1 @@
+"""Mounts: the kernel's EROFS over the host cache, overlays on top, and what is mounted where."""
