@@ -30,6 +30,7 @@ VERBS: Final = (
     "mount",
     "umount",
     "mounts",
+    "run",
     "completion",
 )
 """In the order ``--help`` lists them; ``erofsgen.cli.<verb>`` defines the command as ``command``."""

@@ -10,10 +10,12 @@ import ctypes
 import fcntl
 import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+AT_EMPTY_PATH: Final = 0x1000  # linux/fcntl.h
 FALLOC_FL_KEEP_SIZE: Final = 1  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE: Final = 2  # linux/falloc.h
 FAN_ALLOW: Final = 1  # linux/fanotify.h
@@ -38,13 +40,21 @@ LO_FLAGS_AUTOCLEAR: Final = 4  # linux/loop.h
 LO_FLAGS_DIRECT_IO: Final = 16  # linux/loop.h
 LO_FLAGS_READ_ONLY: Final = 1  # linux/loop.h
 MNT_DETACH: Final = 2  # linux/fs.h
+MOUNT_ATTR_NODEV: Final = 4  # linux/mount.h
+MOUNT_ATTR_NOEXEC: Final = 8  # linux/mount.h
+MOUNT_ATTR_NOSUID: Final = 2  # linux/mount.h
 MOUNT_ATTR_RDONLY: Final = 1  # linux/mount.h
 MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4  # linux/mount.h
 MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40  # linux/mount.h
 NR_FSCONFIG: Final = 431  # asm-generic/unistd.h
 NR_FSMOUNT: Final = 432  # asm-generic/unistd.h
 NR_FSOPEN: Final = 430  # asm-generic/unistd.h
+NR_MOUNT_SETATTR: Final = 442  # asm-generic/unistd.h
 NR_MOVE_MOUNT: Final = 429  # asm-generic/unistd.h
+NR_OPENAT2: Final = 437  # asm-generic/unistd.h
+PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
+RESOLVE_IN_ROOT: Final = 0x10  # linux/openat2.h
+RESOLVE_NO_MAGICLINKS: Final = 0x2  # linux/openat2.h
 RWF_DONTCACHE: Final = 0x80  # linux/fs.h
 UMOUNT_NOFOLLOW: Final = 8  # linux/fs.h
 
@@ -133,6 +143,31 @@ def move_mount(mount: int, target: int) -> None:
     """Attach the mount behind one descriptor to the directory behind the other (``O_PATH`` will do)."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
     _call(None, NR_MOVE_MOUNT, mount, b"", target, b"", flags)
+
+
+def mount_setattr(mount: int, attributes: int) -> None:
+    """Add ``MOUNT_ATTR_*`` to the mount whose root is behind a descriptor (``O_PATH`` will do). Linux 5.12."""
+    change = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    _call(None, NR_MOUNT_SETATTR, mount, b"", AT_EMPTY_PATH, change, len(change))
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """openat2(2): open ``path`` as if the directory behind ``root`` were ``/``, symbolic links and ``..`` included.
+
+    Nothing outside is reached, however hostile the tree. Linux 5.6.
+    """
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    while True:
+        try:
+            return _call(path, NR_OPENAT2, root, os.fsencode(path), how, len(how))
+        except BlockingIOError:  # EAGAIN: something was renamed meanwhile, and the kernel could not be sure
+            continue
+
+
+def set_child_subreaper(on: bool) -> None:
+    """Whether orphans among this process's descendants become its children, which it can wait for."""
+    if _libc.prctl(PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(on), *[ctypes.c_ulong(0)] * 3) < 0:
+        _raise(None)
 
 
 def umount(target: str | os.PathLike[str], flags: int = 0) -> None:

@@ -1,0 +1,1 @@
+"""Containers in the foreground: a mounted image, an OCI runtime bundle, and somebody else's OCI runtime."""
