@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imagemaker
 import pytest
 import samples
 
@@ -104,6 +105,23 @@ def own_sample(sample_store: Path, tmp_path: Path, capfdbinary: pytest.CaptureFi
     """The same with a copy of the store that the test may change."""
     shutil.copytree(sample_store, tmp_path / "store")
     return Erofsgen(tmp_path / "store", tmp_path / "host", capfdbinary)
+
+
+@pytest.fixture(scope="session")
+def demo_places(
+    demo_image: imagemaker.Image, require_root: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A store with ``demo``, the demo image, and a root whose host cache is filled once."""
+    place = tmp_path_factory.mktemp("demo")
+    command = [PROGRAM, "--store", place / "store", "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return place / "store", place / "host"
+
+
+@pytest.fixture
+def demo(demo_places: tuple[Path, Path], capfdbinary: pytest.CaptureFixture[bytes]) -> Erofsgen:
+    """The program with the store of the demo image. Add images to it, but remove none."""
+    return Erofsgen(*demo_places, capfdbinary)
 
 
 @pytest.fixture(scope="session")
