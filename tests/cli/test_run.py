@@ -296,7 +296,10 @@ class TestTerminal:
 
     def test_a_dialogue(self, demo, terminal):
         screen, slave = terminal
-        script = "stty size; read line; echo got:$line; trap 'stty size' WINCH; echo ready; sleep 60 & wait; read line; exit 9"
+        script = (
+            "stty size; read line; echo got:$line; trap 'stty size' WINCH; echo ready; sleep 60 & wait; "
+            "read line; exit 9"
+        )
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         process = demo.process("run", "-it", "demo", "bash", "-c", script, **streams)
         screen.wait_for("31 87")

@@ -1,0 +1,182 @@
+"""``mount.erofsgen``: what mount(8) calls for ``mount -t erofsgen IMAGE DIR -o …`` and for lines of /etc/fstab.
+
+::
+
+    mount.erofsgen IMAGE DIR [-sfnv] [-o OPTION,…] [-t TYPE]
+
+mount(8) puts ``rw`` in front of the options unless it was told ``ro``: whether somebody wrote ``rw`` cannot be seen. So
+the helper does as it is told, and a mount is read-only where ``ro`` is written or no access is named at all.
+"""
+
+from __future__ import annotations
+
+import getopt
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NoReturn
+
+from erofsgen.cli.output import one_line
+from erofsgen.cli.shared import Settings
+from erofsgen.errors import BusyError, ErofsgenError, UnsupportedError, UsageError
+from erofsgen.host import linux
+
+USAGE: Final = 1
+SYSTEM: Final = 2
+INTERNAL: Final = 4
+INTERRUPTED: Final = 8
+FAILED: Final = 32
+"""Exit codes of mount(8)."""
+
+_ATTRIBUTES: Final = {
+    "nosuid": linux.MOUNT_ATTR_NOSUID,
+    "nodev": linux.MOUNT_ATTR_NODEV,
+    "noexec": linux.MOUNT_ATTR_NOEXEC,
+}
+_POSITIVE: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+_IGNORED: Final = re.compile(
+    r"defaults|(no)?auto|nofail|_netdev|(no)?(user|group|owner|users)|user=.*|comment=.*|[xX]-.*|loud|silent"
+    r"|a?sync|dirsync|(no)?(relatime|atime|diratime|strictatime|lazytime|iversion|mand)"
+)
+"""What is for mount(8) and its callers, or says nothing about a file system that keeps no access times."""
+
+_USAGE_HINT: Final = "mount.erofsgen IMAGE DIR [-o store=DIR,root=DIR,ro|rw,upper=DIR,eager,plane=NAME,…]"
+
+
+@dataclass
+class Request:
+    """A command line, understood."""
+
+    image: str
+    target: Path
+    settings: Settings
+    rw: bool = False
+    upper: Path | None = None
+    plane: str = "auto"
+    attributes: set[str] = field(default_factory=set)
+    fake: bool = False
+    verbose: bool = False
+
+
+def main() -> NoReturn:
+    """Entry point of ``mount.erofsgen``."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns mount(8)'s exit code."""
+    try:
+        request = parse(arguments)
+        if not request.fake:
+            _mount(request)
+    except UsageError as error:
+        return _say(error, USAGE)
+    except ErofsgenError as error:
+        return _say(error, FAILED)
+    except (OSError, MemoryError) as error:
+        return _say(error, SYSTEM)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the one place that reports)
+        return _say(error, INTERNAL)
+    if request.verbose:
+        print(f"{request.image} mounted on {request.target}")  # noqa: T201
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Understand a command line. Raises UsageError; unknown options are let through with ``-s``."""
+    try:
+        flags, names = getopt.gnu_getopt(list(arguments), "sfnvo:t:N:")
+    except getopt.GetoptError as error:
+        raise UsageError(f"{error.msg}", hint=_USAGE_HINT) from None
+    if len(names) != 2:
+        raise UsageError("an image and a directory are wanted", hint=_USAGE_HINT)
+    given = {flag for flag, _ in flags}
+    if "-N" in given:
+        raise UsageError("-N is not supported", hint="use nsenter(1)")
+    request = Request(names[0], Path(names[1]), Settings(), fake="-f" in given, verbose="-v" in given)
+    access: str | None = None
+    for flag, value in flags:
+        if flag != "-o":
+            continue
+        for option in split(value):
+            name, equals, argument = option.partition("=")
+            match name:
+                case "ro" | "rw" if not equals:
+                    access = name
+                case "eager" if not equals:
+                    request.plane = "eager"
+                case "plane" if argument:
+                    request.plane = argument
+                case "store" if argument:
+                    request.settings.store = argument
+                case "root" if argument:
+                    request.settings.root = Path(argument)
+                case "upper" if argument:
+                    request.upper = Path(argument)
+                case _ if option in _ATTRIBUTES:
+                    request.attributes.add(option)
+                case _ if option in _POSITIVE:
+                    request.attributes.discard(_POSITIVE[option])
+                case _ if not _IGNORED.fullmatch(option) and "-s" not in given:
+                    raise UsageError(f"unknown mount option {option!r}", hint=_USAGE_HINT)
+    if request.upper is not None and access == "ro":
+        raise UsageError("ro and upper=DIR contradict each other")
+    request.rw = access == "rw" or request.upper is not None
+    return request
+
+
+def split(options: str) -> Iterator[str]:
+    """Options as libmount separates them: a comma in double quotes or behind a backslash belongs to a value."""
+    for option in re.findall(r'(?:\\,|"[^"]*"?|[^,"])+', options):
+        yield re.sub(r'\\,|"', lambda match: "," if match[0] == "\\," else "", option)
+
+
+def _mount(request: Request) -> None:
+    from erofsgen.host.mount.mounts import mount, unmount
+
+    if request.plane not in ("auto", "eager"):
+        raise UnsupportedError(f"plane {request.plane} is not in this version", hint="use plane=auto or eager")
+    image = request.settings.open_image(request.image)
+    root = request.settings.root
+    info = mount(image, request.target, root=root, rw=request.rw, upper=request.upper)
+    if request.attributes:
+        try:
+            _restrict(info.target, info.mount_id, request.attributes)
+        except BaseException:
+            unmount(Path(info.target), root=root, force=True)
+            raise
+
+
+def _restrict(target: str, mount_id: int, attributes: set[str]) -> None:
+    """Give our mount on ``target`` attributes."""
+    top = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if linux.mount_id(top) != mount_id:
+            raise BusyError(f"{target}: something else was mounted there meanwhile")
+        linux.mount_setattr(top, sum(_ATTRIBUTES[name] for name in attributes))
+    finally:
+        os.close(top)
+
+
+def _say(error: BaseException, code: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    elif code == INTERNAL:
+        text = f"internal error: {type(error).__name__}: {error}"
+    sys.stderr.write(f"mount.erofsgen: {one_line(text or 'out of memory')}\n")
+    if isinstance(error, ErofsgenError) and error.hint:
+        sys.stderr.write(f"hint: {one_line(error.hint)}\n")
+    return code
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001  (a signal handler's arguments)
+    raise KeyboardInterrupt
