@@ -31,6 +31,7 @@ VERBS: Final = (
     "umount",
     "mounts",
     "run",
+    "doctor",
     "completion",
 )
 """In the order ``--help`` lists them; ``erofsgen.cli.<verb>`` defines the command as ``command``."""
