@@ -143,6 +143,14 @@ def test_standard_streams(demo):
     assert process.communicate(b"ignored\n", timeout=20)[0] == b""
 
 
+def test_a_reader_that_goes_away(demo):
+    process = demo.process("run", "-t", "demo", "yes")
+    assert started(process) == "y"
+    process.stdout.close()
+    assert process.wait(20) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
+
+
 def test_isolation(demo):
     script = "ls /proc | grep -c '^[0-9]'; hostname; touch /sys/x 2>/dev/null || echo ro"
     lines = demo("run", "--hostname", "inside", "demo", "sh", "-c", f"{script}; true").lines
@@ -279,6 +287,7 @@ def test_auto_takes_a_runtime_that_works(demo, tmp_path, monkeypatch):
     assert (outcome.out, outcome.err) == (b"done\n", "runc: not today\n")
     (tmp_path / "crun").unlink()
     (tmp_path / "crun").symlink_to("runc")
+    assert left_of(demo) == ([], [], [])
     assert "runc or crun could not create the container" in demo("run", "demo", "true", code=8).err
     assert demo("run", "--runtime", shutil.which(working, path="/usr/sbin:/usr/bin"), "demo", "echo", "x").out == b"x\n"
 

@@ -75,7 +75,7 @@ def run(
                 mount(image, rootfs, root=root, rw=True, upper=upper, progress=shown)
             with storage(place):
                 write_bundle(place, rootfs, image.config, options, identity=identity)
-                return container.execute(runtimes, terminal=options.terminal, interactive=interactive)
+            return container.execute(runtimes, terminal=options.terminal, interactive=interactive)
         finally:
             with _undisturbed():
                 _clear(root, container)
