@@ -6,25 +6,53 @@ from pathlib import Path
 
 import click
 
-from erofsgen.cli.shared import Settings, image_argument, verb
-from erofsgen.errors import UnsupportedError
+from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, verb
 
 
 @verb(json=True)
 @image_argument()
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--eager", is_flag=True, help="Put all of the image's data on this host first.")
+@click.option(
+    "--plane",
+    type=click.Choice(["auto", "fanotify"]),
+    default="auto",
+    help="How missing data is noticed; auto takes the first that works here.",
+)
 @click.option("--rw", is_flag=True, help="Writable: an overlay whose changes go to an upper directory.")
 @click.option("--upper", type=click.Path(path_type=Path), metavar="DIR", help="Where the changes go; implies --rw.")
-def command(settings: Settings, image: str, target: Path, eager: bool, rw: bool, upper: Path | None) -> None:
-    """Mount an image on DIR."""
-    if not eager:
-        raise UnsupportedError("lazy mounts are not in this version", hint="mount with --eager")
-    from erofsgen.cli import output
-    from erofsgen.host.mount.mounts import mount
+@click.option("--read-ahead", type=Size(), metavar="SIZE", help="What EROFS reads ahead in a lazy mount.  [1M]")
+@cache_options
+def command(
+    settings: Settings,
+    image: str,
+    target: Path,
+    eager: bool,
+    plane: str,
+    rw: bool,
+    upper: Path | None,
+    read_ahead: int | None,
+) -> None:
+    """Mount an image on DIR.
 
-    opened = settings.open_image(image)
+    Its files are there at once, their data arrives as it is read: a daemon, started where none runs, brings it. With
+    --eager all data is brought first, and no daemon is needed.
+    """
+    from erofsgen.cli import output
+    from erofsgen.host.mount.mounts import READ_AHEAD, choose, mount
+    from erofsgen.host.pull import find
+
+    found = find(settings.cache(), settings.store, image)
     with settings.progress() as progress:
-        info = mount(opened, target, root=settings.root, rw=rw or upper is not None, upper=upper, progress=progress)
+        info = mount(
+            found,
+            target,
+            root=settings.root,
+            plane="eager" if eager else choose(plane),
+            rw=rw or upper is not None,
+            upper=upper,
+            read_ahead=READ_AHEAD if read_ahead is None else read_ahead >> 10,
+            progress=progress,
+        )
     if settings.json:
         output.document(info)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from erofsgen.errors import UnsupportedError, UsageError
+from erofsgen.errors import UsageError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from erofsgen.host.cache.cache import HostCache
     from erofsgen.progress import Progress
     from erofsgen.store.directory import DirectoryStore
     from erofsgen.store.image import Image
@@ -40,19 +41,24 @@ class Settings:
         self.debug = False
         self.quiet = False
         self.json = False
+        self.cache_dirs: list[Path] = []
+        self.max_bytes: int | None = None
+
+    def cache(self) -> HostCache:
+        """The host cache, with what the options say of it recorded. Raises StorageError."""
+        from erofsgen.host.cache.cache import HostCache
+
+        return HostCache(self.root, directories=self.cache_dirs, max_bytes=self.max_bytes)
 
     def open_store(self, *, create: bool = False, change: bool = False) -> DirectoryStore:
         """The store. ``change`` readies an OCI layout that another tool has written for changes, too.
 
         Raises NotFoundError where there is none and ``create`` is not set, StorageError.
         """
-        from erofsgen.store.directory import DirectoryStore
+        from erofsgen.store.open import open_store
 
-        scheme, separator, _ = self.store.partition("://")
-        if separator:
-            raise UnsupportedError(f"{self.store}: {scheme} stores are not in this version", hint="name a directory")
-        store = DirectoryStore(self.store, create=create)
-        return DirectoryStore(self.store) if change else store
+        store = open_store(self.store, create=create)
+        return open_store(self.store, create=True) if change else store
 
     def open_image(self, name: str) -> Image:
         """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""
@@ -69,19 +75,10 @@ class Settings:
 
 
 def known_name(store: DirectoryStore, name: str) -> str:
-    """``name``, or its canonical form if only that is in the store: ``python:3`` is how Docker Hub's image was asked
-    for and ``docker.io/library/python:3`` how it is called."""
-    references = store.references()
-    if name not in references:
-        from erofsgen.oci.reference import Reference
+    """The name that ``store`` has for ``name``, see :func:`erofsgen.oci.reference.known_name`."""
+    from erofsgen.oci import reference
 
-        try:
-            canonical = str(Reference.parse(name.removeprefix("docker://")))
-        except UsageError:
-            return name
-        if canonical in references:
-            return canonical
-    return name
+    return reference.known_name(name, store.references())
 
 
 def _data_home() -> Path:
@@ -168,6 +165,33 @@ def complete_image(ctx: click.Context, parameter: click.Parameter, incomplete: s
 def image_argument(name: str = "image", **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401  (click's)
     """An argument that names an image of the store, completed by the shell."""
     return click.argument(name, shell_complete=complete_image, **attributes)
+
+
+def cache_options(function: F) -> F:
+    """The options that say where the cache is and how large it may grow; what is given is recorded."""
+    for option in (
+        click.option(
+            "--max-bytes", type=Size(), metavar="SIZE", expose_value=False, callback=_configure,
+            help="What the cache may take on disk, from now on; 0: no limit.",
+        ),
+        click.option(
+            "--cache-dir", multiple=True, type=click.Path(path_type=Path), metavar="DIR", expose_value=False,
+            callback=_configure, help="Keep packs here, from now on; several on several disks share the load.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def _configure(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:  # noqa: ANN401  (click's)
+    if value is None or value == ():
+        return
+    settings = ctx.find_object(Settings)
+    assert settings is not None
+    if parameter.name == "max_bytes":
+        settings.max_bytes = value
+    else:
+        settings.cache_dirs = list(value)
 
 
 class Size(click.ParamType[int]):

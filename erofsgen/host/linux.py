@@ -10,8 +10,10 @@ import ctypes
 import fcntl
 import os
 import re
+import signal
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -28,6 +30,7 @@ FAN_NONBLOCK: Final = 0x2  # linux/fanotify.h
 FAN_PRE_ACCESS: Final = 0x100000  # linux/fanotify.h
 FAN_UNLIMITED_MARKS: Final = 0x20  # linux/fanotify.h
 FAN_UNLIMITED_QUEUE: Final = 0x10  # linux/fanotify.h
+F_SETSIG: Final = 10  # asm-generic/fcntl.h
 FICLONE: Final = 0x40049409  # linux/fs.h
 FSCONFIG_CMD_CREATE: Final = 6  # linux/mount.h
 FSCONFIG_SET_FLAG: Final = 0  # linux/mount.h
@@ -200,18 +203,29 @@ def punch_hole(descriptor: int, offset: int, length: int) -> None:
         _raise(None)
 
 
-def sole_user(descriptor: int) -> bool:
-    """Whether no other open file refers to the file behind ``descriptor``, in any process, mount or the kernel itself.
+@contextmanager
+def lease(descriptor: int) -> Iterator[bool]:
+    """A write lease on a file: True where no other open file refers to it, in any process, mount or the kernel itself.
 
-    Asked by taking a write lease and giving it back (fs/locks.c, check_conflicting_open), so it is true of the moment
-    only. Duplicates of ``descriptor`` do not count. False where the file system has no leases.
+    While it is held whoever opens the file waits (fs/locks.c, check_conflicting_open; fcntl(2), F_SETLEASE). Duplicates
+    of ``descriptor`` do not count. False where the file system has no leases.
     """
     try:
+        fcntl.fcntl(descriptor, F_SETSIG, signal.SIGURG)  # who waits is announced by a signal; this one is ignored
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except OSError:
-        return False
-    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return True
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def sole_user(descriptor: int) -> bool:
+    """Whether a :func:`lease` would be granted; true of the moment only."""
+    with lease(descriptor) as granted:
+        return granted
 
 
 def clone_file(source: int, target: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -123,3 +124,16 @@ def _split_registry(name: str) -> tuple[str, str]:
 
 def _malformed(text: str, why: str) -> UsageError:
     return UsageError(f"image reference {text!a} is malformed: {why}", hint="write [HOST[:PORT]/]NAME[:TAG][@DIGEST]")
+
+
+def known_name(name: str, names: Container[str]) -> str:
+    """``name``, or its canonical form if only that is among ``names``: ``python:3`` is how Docker Hub's image was asked
+    for and ``docker.io/library/python:3`` how it is called."""
+    if name not in names:
+        try:
+            canonical = str(Reference.parse(name.removeprefix("docker://")))
+        except UsageError:
+            return name
+        if canonical in names:
+            return canonical
+    return name

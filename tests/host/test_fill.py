@@ -573,7 +573,7 @@ sys.stdin.readline()
     directory = tmp_path / "cache"
     directory.mkdir()
     counts = []
-    for seed in range(5):
+    for seed in range(40):
         arguments = [Path(__file__).parent, store_dir, directory]
         child = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -586,9 +586,10 @@ sys.stdin.readline()
             child.wait()
         target = FileTarget(directory, pack)
         counts.append(len(target.check()))
-        if counts[-1] == 150:
-            target.presence.clear()
+        target.presence.clear()
         target.close()
+        if len(counts) >= 5 and any(0 < count < 150 for count in counts):
+            break
     assert any(0 < count < 150 for count in counts), f"{counts}: killed in the midst of it at least once"
 
 

@@ -225,7 +225,7 @@ def tiers(count: int, retries: int, **more: Any) -> Tiers:
 def test_every_source_is_asked_once_a_round_and_pauses_grow(count: int, retries: int) -> None:
     for seed in range(50):
         chain = tiers(count, retries, uniform=random.Random(seed).uniform)
-        attempt, asked, pauses = chain.first(), [], []
+        attempt, asked, pauses = chain.first("pack"), [], []
         while True:
             asked.append(attempt.order[0])
             following = chain.after(attempt, RemoteError("no"))
@@ -243,7 +243,7 @@ def test_every_source_is_asked_once_a_round_and_pauses_grow(count: int, retries:
 
 def test_pauses_have_a_limit_and_differ() -> None:
     chain = tiers(1, 40)
-    attempt, pauses = chain.first(), []
+    attempt, pauses = chain.first("pack"), []
     while (following := chain.after(attempt, RemoteError("no"))) is not None:
         attempt, pause = following
         pauses.append(pause)
@@ -256,21 +256,22 @@ def test_a_source_that_keeps_failing_is_asked_last_for_a_while() -> None:
     now = 100.0
     chain = tiers(3, 0, clock=lambda: now)
     for _ in range(2):
-        chain.failed(0, RemoteError("down"))
-    assert chain.first().order == (0, 1, 2)
+        chain.failed(0, RemoteError("down"), "pack")
+    assert chain.first("pack").order == (0, 1, 2)
     chain.succeeded(0)
     for _ in range(2):
-        chain.failed(0, RemoteError("down"))
-    assert chain.first().order == (0, 1, 2), "only failures in a row count"
+        chain.failed(0, RemoteError("down"), "pack")
+    assert chain.first("pack").order == (0, 1, 2), "only failures in a row count"
     chain.bad(0)
-    assert chain.first().order == (1, 2, 0)
+    assert chain.first("pack").order == (1, 2, 0)
     for _ in range(9):
-        chain.failed(1, NotFoundError("no blob"))
-    assert chain.first().order == (1, 2, 0), "not to have a blob is no failure"
+        chain.failed(1, NotFoundError("no blob"), "other")
+    assert chain.first("pack").order == (1, 2, 0), "not to have a blob is no failure"
+    assert chain.first("other").order == (2, 0, 1), "who lacked a pack is asked last for it"
     now += 5.1
-    assert chain.first().order == (0, 1, 2)
-    chain.failed(0, RemoteError("still down"))
-    assert chain.first().order == (1, 2, 0)
+    assert chain.first("pack").order == (0, 1, 2)
+    chain.failed(0, RemoteError("still down"), "pack")
+    assert chain.first("pack").order == (1, 2, 0)
 
 
 def test_a_dead_tier_does_not_cost_every_read_its_failure(pack: Pack, target: FileTarget) -> None:
@@ -281,9 +282,16 @@ def test_a_dead_tier_does_not_cost_every_read_its_failure(pack: Pack, target: Fi
     assert len(dead.reads) == 3
 
 
-def test_no_sources_is_refused() -> None:
-    with pytest.raises(ValueError, match="no sources"):
-        Engine([])
+def test_a_source_may_come_later(pack: Pack, target: FileTarget) -> None:
+    with Engine([]) as engine:
+        with pytest.raises(NotFoundError, match="no store is known that has it"):
+            engine.request(target, 0, 1).result(WAIT)
+        late = MemorySource([pack], "late")
+        engine.add_source(late)
+        engine.add_source(MemorySource([], "late"))
+        engine.request(target, 0, 1).result(WAIT)
+        assert list(engine.stats()["sources"]) == ["late"]
+    assert target.check() == [0]
 
 
 def test_slow_drip_is_overtaken_and_its_late_bytes_are_not_needed(pack: Pack, target: FileTarget) -> None:

@@ -22,7 +22,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from erofsgen.errors import StorageError
-from erofsgen.host.cache.presence import HEADER_SIZE, Presence, State, boot_id
+from erofsgen.host.cache.presence import HEADER_SIZE, Presence, State, boot_id, map_size
 
 ONE, TWO, THREE = (bytes([number]) * 16 for number in (1, 2, 3))
 """Boot ids."""
@@ -49,9 +49,9 @@ def test_a_new_map_has_nothing(presence: Presence, path: Path) -> None:
     assert presence.missing(range(10)) == list(range(10))
     assert presence.count() == 0
     assert not presence.complete
-    assert path.stat().st_size == HEADER_SIZE + 10
+    assert path.stat().st_size == map_size(10)
     assert path.stat().st_mode & 0o777 == 0o600
-    assert path.stat().st_blocks * 512 >= HEADER_SIZE + 10, "a mark must not find the disk full"
+    assert path.stat().st_blocks * 512 >= map_size(10), "a mark must not find the disk full"
 
 
 def test_marks(presence: Presence) -> None:
@@ -169,7 +169,7 @@ def test_states_from_the_future_are_absent(path: Path) -> None:
         assert presence.count() == 1
     with Presence.open(path, 3, boot=TWO) as presence:
         assert states(presence) == [State.ABSENT, State.ABSENT, State.DURABLE]
-    assert path.read_bytes()[HEADER_SIZE:] == b"\0\0\2"
+    assert path.read_bytes()[HEADER_SIZE : HEADER_SIZE + 3] == b"\0\0\2"
 
 
 DAMAGES: dict[str, Any] = {
@@ -182,7 +182,7 @@ DAMAGES: dict[str, Any] = {
     "much longer": lambda data: data + b"\2" * 100_000,
     "zeros": lambda data: bytes(HEADER_SIZE) + data[HEADER_SIZE:],
     "wrong magic": lambda data: b"X" + data[1:],
-    "wrong version": lambda data: data[:8] + b"\2" + data[9:],
+    "wrong version": lambda data: data[:8] + b"\7" + data[9:],
     "wrong count": lambda data: data[:12] + b"\4" + data[13:],
     "other file": lambda data: b"\2" * len(data),
 }
@@ -196,7 +196,7 @@ def test_a_damaged_map_says_nothing_and_is_made_anew(path: Path, damage: str, bo
     with Presence.open(path, 3, boot=boot) as presence:
         assert states(presence) == [State.ABSENT] * 3
         presence.mark_written(1)
-    assert path.stat().st_size == HEADER_SIZE + 3
+    assert path.stat().st_size == map_size(3)
     with Presence.open(path, 3, boot=boot) as presence:
         assert states(presence) == [State.ABSENT, State.WRITTEN, State.ABSENT]
 
@@ -502,11 +502,11 @@ class Model(RuleBasedStateMachine):
         self.boot = boot
         self.reopen()
 
-    @rule(size=st.integers(0, HEADER_SIZE + 60))
+    @rule(size=st.integers(0, map_size(60)))
     def damage(self, size: int) -> None:
         for presence in self.openings:
             presence.close()
-        if size != HEADER_SIZE + self.frames:
+        if size != map_size(self.frames):
             self.model = [State.ABSENT] * self.frames
         os.truncate(self.path, size)
         self.reopen()
@@ -534,3 +534,24 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+def test_uses_are_remembered_by_the_minute(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1_800_000_000.0]
+    monkeypatch.setattr("erofsgen.host.cache.presence.time.time", lambda: clock[0])
+    with Presence.open(path, 5) as presence:
+        assert presence.last_uses() == [0] * 5
+        presence.touch(1, 2)
+        clock[0] += 3600
+        presence.touch(2, 2)
+        with Presence.open(path, 5, boot=ONE) as other:
+            assert other.last_uses() == [0, 30_000_000, 30_000_060, 0, 0]
+            assert states(other) == [State.ABSENT] * 5, "to be used is not to be there"
+
+
+def test_a_use_that_is_noted_costs_no_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Presence.open(path, 5) as presence:
+        monkeypatch.setattr("erofsgen.host.cache.presence.time.time", lambda: 1_800_000_000.0)
+        presence.touch(0, 4)
+        monkeypatch.setattr("erofsgen.host.cache.presence._write", lambda *_: pytest.fail("written twice"))
+        presence.touch(0, 4)

@@ -1,395 +1,419 @@
-"""The host cache: indexes and packs as the kernel wants them, shared by every image and mount of a root.
+"""The host cache: images and packs of one host, shared by every mount of a root, eager or lazy.
 
-::
+See :mod:`erofsgen.host.cache.files` for what lies where. An image is *added* (pulled) when its index, manifest and
+config and its packs' tables of contents are here; that is all a lazy mount needs. Frames come later, one by one or all
+together, and count as soon as they are marked (:mod:`erofsgen.host.cache.presence`).
 
-    ROOT/                          mode 0700
-    ├── packs/<sha256>.data        a pack's device bytes, complete; shared by all images that name the pack
-    ├── packs/<sha256>.data.part   being filled, under flock
-    ├── images/<manifest>.erofs    an image's index
-    ├── images/<manifest>.flat     index and device bytes in one file (erofsgen.erofs.flatten), where loop needs it
-    ├── mnt/, upper/, mounts/      see erofsgen.host.mount.mounts
-    └── lock.mounts
+Crash rules: indexes see :mod:`erofsgen.host.cache.part`. Manifests, configs and TOCs are compared with their digests
+whenever they are used, so one that power took is fetched again. A pack's map is made before its data file; a data file
+whose size is not its device's is a new one, and its map is cleared.
 
-Nothing is written to a file before its digest was checked, and a file gets its name when all of it is written, not
-when all of it is on the disk: on a slow disk that would be most of a mount's time. Until it is, the file carries the id
-of the boot that wrote it (``user.erofsgen.boot``), and counts in that boot only: the page cache has its bytes. In any
-later boot it is a ``.part`` again, like those that a crash leaves, and frames count as present where their digests say
-so. The mark goes once the file is synced, a minute later at the earliest, when that costs nothing, by whoever mounts
-or unmounts then. A file system without extended attributes has files synced before they get their names.
-
-Locks: the ``.part`` file itself, exclusive, by whoever fills it; others wait, then find the work done. A process holds
-one at a time.
+Locks: ``lock.fill``, then a pack's map (flock), then the map's own. Users of packs hold the map's flock shared.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import hashlib
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from blake3 import blake3
+import msgspec
 
-from erofsgen.erofs.flatten import flatten
-from erofsgen.erofs.tree import BLOCK
-from erofsgen.errors import StorageError
+from erofsgen.errors import BusyError, ErofsgenError, FormatError, IntegrityError, NotFoundError
 from erofsgen.host import linux
-from erofsgen.pack.reader import open_frame
+from erofsgen.host.cache.evict import evict
+from erofsgen.host.cache.files import Layout, PackFiles, replace_file
+from erofsgen.host.cache.flat import write_flat
+from erofsgen.host.cache.frames import frame_starts
+from erofsgen.host.cache.packfile import PackFile
+from erofsgen.host.cache.part import Part, settle, storage
+from erofsgen.host.cache.presence import Presence
+from erofsgen.host.cache.room import Room
+from erofsgen.host.fill.engine import Engine, Priority, StoreSource
+from erofsgen.oci.reference import known_name
 from erofsgen.pack.toc import Toc
-from erofsgen.progress import SILENT, Progress, Task
+from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
 from erofsgen.store.directory import DirectoryStore
-from erofsgen.store.image import Image, open_pack
+from erofsgen.store.image import Image, read_blob
+from erofsgen.store.manifest import MANIFEST_LIMIT, Manifest, Pack, pack_from_descriptor
+from erofsgen.store.open import open_store
 
-_BATCH: Final = 4 << 20
-"""Device bytes that a thread reads, checks and writes at a time; a larger frame is a batch of its own."""
+_FETCHERS: Final = 8
+"""Tables of contents fetched at a time."""
+_LOOK: Final = 0.1
+"""Seconds between two looks at a fill's progress, and at a lock somebody holds."""
 
-_READERS: Final = 2
-"""Threads per core: one may wait for the store or the disk while another decompresses."""
 
-_BOOT: Final = "user.erofsgen.boot"
-"""Extended attribute of a file that may not be on the disk yet: id of the boot that wrote it."""
+class CachedImage:
+    """An image whose index and TOCs are in the cache. Raises NotFoundError, FormatError where it is not."""
 
-_SETTLED: Final = 60
-"""Seconds after which the kernel has written a file by itself: dirty_expire_centisecs, and then some."""
+    def __init__(self, cache: HostCache, digest: str, name: str, stores: Sequence[str]) -> None:
+        self.cache = cache
+        self.digest = digest
+        self.name = name
+        self.stores = list(stores)
+        self.index = cache.image_path(digest, "erofs")
+        path = cache.image_path(digest, "json")
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFoundError(f"{name}: not in the cache", hint="run `erofsgen pull`") from None
+        if hashlib.sha256(data).hexdigest() != digest.removeprefix("sha256:"):
+            raise IntegrityError(f"{path}: differs from its digest", hint="run `erofsgen pull` again")
+        try:
+            layers = msgspec.json.decode(data, type=Manifest).layers[1:]
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{path}: {error}") from None
+        self.packs = [pack_from_descriptor(layer, slot, of=name) for slot, layer in enumerate(layers, 1)]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The source image's config. Raises IntegrityError, StorageError."""
+        path = self.cache.image_path(self.digest, "config.json")
+        with storage(path):
+            data = path.read_bytes()
+        try:
+            return msgspec.json.decode(data, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{path}: {error}", hint="run `erofsgen pull` again") from None
+
+    def open(self) -> Image:
+        """The image in its store. Raises NotFoundError, and what opening the store does."""
+        for url in self.stores:
+            return Image.open(open_store(url), self.digest)
+        raise NotFoundError(f"{self.name}: no store is known that has it", hint="run `erofsgen pull`")
+
+    def files(self) -> list[PackFiles]:
+        """The packs' files, in the order of device slots. Raises NotFoundError."""
+        return [self.cache.files(pack.hex) for pack in self.packs]
+
+    def devices(self) -> list[Path]:
+        """The packs' data files, in the order of device slots. Raises NotFoundError."""
+        return [files.data for files in self.files()]
+
+    @contextmanager
+    def in_use(self) -> Iterator[list[Path]]:
+        """Keep the packs as they are meanwhile: nothing is evicted. Yields :meth:`devices`."""
+        with ExitStack() as held:
+            for files in self.files():
+                with storage(files.map):
+                    descriptor = os.open(files.map, os.O_RDONLY | os.O_CLOEXEC)
+                    held.callback(os.close, descriptor)
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield self.devices()
 
 
 class HostCache:
-    """The cache below ``root``, which is made where it is missing. ``threads`` fill a pack together.
+    """The cache below ``root``, made where it is missing. ``threads`` is for whatever it does by itself.
 
-    Memory is bounded by ``threads`` times 4 MiB stored and one frame of device bytes. Several threads and processes
-    may use one cache. Raises StorageError where the directory cannot be used.
-    """
-
-    def __init__(self, root: Path, *, threads: int | None = None) -> None:
-        self.root = root.absolute()
-        self._threads = threads or min(16, _READERS * len(os.sched_getaffinity(0)))
-        with storage(self.root):
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("images", "packs"):
-                (self.root / name).mkdir(mode=0o700, exist_ok=True)
-
-    def pack_path(self, digest_hex: str) -> Path:
-        """The data file of a pack, whether it exists or not."""
-        return self.root / "packs" / f"{digest_hex}.data"
-
-    def index(self, image: Image) -> Path:
-        """The image's index as a file. Raises FormatError, IntegrityError, StorageError and the store's errors."""
-        path = self._image_path(image, "erofs")
-        part = _Part.open(path)
-        if part is not None:
-            with part:
-                part.write(_index_bytes(image), 0)
-                part.commit()
-        return path
-
-    def materialise(self, image: Image, progress: Progress = SILENT) -> tuple[Path, list[Path]]:
-        """Make all of the image local: its index, and its packs' data files in device-slot order.
-
-        Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError (the disk is full …), and
-        what reading the store raises. Packs complete by then stay; nothing half-made does.
-        """
-        index = self.index(image)
-        missing = {pack.hex: pack for pack in image.packs if not _counts(self.pack_path(pack.hex))}
-        with (
-            progress.task("packs", sum(pack.device_size for pack in missing.values())) as task,
-            ThreadPoolExecutor(self._threads, "fill") as fill,
-        ):
-            for pack in missing.values():
-                part = _Part.open(self.pack_path(pack.hex))
-                if part is None:  # another process has done it
-                    task.advance(pack.device_size)
-                    continue
-                with part:
-                    resume = part.found or (pack.raw and part.share_extents(image.store, pack.digest))
-                    part.resize(pack.device_size)
-                    toc = open_pack(image.store, pack).toc
-                    _Filler(image.store, pack.digest, toc, part, 0, task, resume=resume).run(fill)
-                    part.commit()
-        devices = [self.pack_path(pack.hex) for pack in image.packs]
-        settle([index, *devices])
-        return index, devices
-
-    def materialise_flat(self, image: Image, progress: Progress = SILENT) -> Path:
-        """Make all of the image local in one file. Raises as :meth:`materialise` does."""
-        path = self._image_path(image, "flat")
-        part = _Part.open(path)
-        if part is None:
-            settle([path])
-            return path
-        with (
-            part,
-            progress.task("packs", sum(pack.device_size for pack in image.packs)) as task,
-            ThreadPoolExecutor(self._threads, "fill") as fill,
-        ):
-            flat = flatten(_index_bytes(image))
-            part.resize(flat.blocks * BLOCK)
-            part.write(flat.index, 0)
-            for pack, block in zip(image.packs, flat.starts, strict=True):
-                toc = open_pack(image.store, pack).toc
-                _Filler(image.store, pack.digest, toc, part, block * BLOCK, task, resume=part.found).run(fill)
-            part.commit()
-        return path
-
-    def _image_path(self, image: Image, suffix: str) -> Path:
-        return self.root / "images" / f"{image.digest.removeprefix('sha256:')}.{suffix}"
-
-
-def settle(paths: Iterable[Path]) -> None:
-    """Sync files that have been written long enough ago for that to cost nothing; they count in every boot then.
-
-    A file that cannot be synced does not hold what it should: it is removed.
-    """
-    for path in paths:
-        with storage(path), suppress(FileNotFoundError):  # another process found it bad
-            if _boot_of(path) is None or time.time() - os.stat(path).st_mtime < _SETTLED:
-                continue
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fdatasync(descriptor)
-            except OSError:
-                os.unlink(path)
-                raise
-            finally:
-                os.close(descriptor)
-            with suppress(OSError):  # another process was first
-                os.removexattr(path, _BOOT)
-
-
-def _counts(path: Path) -> bool:
-    """Whether a file is there and its bytes are known to be right."""
-    with storage(path):
-        try:
-            os.stat(path)
-            return _boot_of(path) in (None, linux.boot_id())
-        except FileNotFoundError:
-            return False
-
-
-def _boot_of(path: Path) -> str | None:
-    try:
-        return os.getxattr(path, _BOOT).decode()
-    except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-            return None
-        raise
-
-
-class _Part:
-    """A file being made, locked. It is ``path`` after :meth:`commit`, and gone when left without.
-
-    ``found``: a crash or another boot left it, and some of its frames may be right. Left without commit it stays.
-    """
-
-    def __init__(self, path: Path, part: Path, descriptor: int, *, suspect: bool) -> None:
-        self.path = path
-        self.descriptor = descriptor
-        self.found = os.fstat(descriptor).st_size > 0
-        self._part = part
-        self._suspect = suspect
-
-    @classmethod
-    def open(cls, path: Path) -> _Part | None:
-        """Begin to make ``path``, after whoever else is at it. None: it is there."""
-        part = path.with_name(path.name + ".part")
-        while not _counts(path):
-            with storage(part), ExitStack() as undo:
-                descriptor = _open_locked(part)
-                undo.callback(os.close, descriptor)
-                # while this process waited, the file may have been committed or dropped
-                if not _is(part, descriptor):
-                    continue
-                if _counts(path):
-                    os.unlink(part)
-                    continue
-                if path.exists():
-                    # another boot's: that becomes the file being made, locked before it is where others look for one
-                    return cls(path, part, _take_over(path, part), suspect=True)
-                undo.pop_all()
-                return cls(path, part, descriptor, suspect=False)
-        return None
-
-    def resize(self, size: int) -> None:
-        with storage(self._part):
-            os.ftruncate(self.descriptor, size)
-
-    def write(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        with storage(self._part):
-            while view:
-                written = os.pwrite(self.descriptor, view, offset)
-                offset += written
-                view = view[written:]
-
-    def read(self, offset: int, length: int) -> bytes:
-        """What is there; less than ``length`` at the end."""
-        with storage(self._part):
-            return os.pread(self.descriptor, length, offset)
-
-    def share_extents(self, store: Store, digest: str) -> bool:
-        """Take a blob's bytes by reference, unverified, where the file system can."""
-        if not isinstance(store, DirectoryStore):
-            return False
-        try:
-            source = os.open(store.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False  # reading it says what is wrong
-        try:
-            linux.clone_file(source, self.descriptor)
-        except OSError:
-            return False
-        finally:
-            os.close(source)
-        return True
-
-    def commit(self) -> None:
-        """Give the file its name."""
-        with storage(self._part):
-            if self._suspect:
-                os.fdatasync(self.descriptor)
-                os.removexattr(self.descriptor, _BOOT)
-            elif not _mark(self.descriptor):
-                os.fdatasync(self.descriptor)
-            os.rename(self._part, self.path)
-        self._close()
-
-    def drop(self) -> None:
-        """Give up, unless the file was committed."""
-        if self.descriptor >= 0:
-            if not self.found:
-                with suppress(OSError):
-                    os.unlink(self._part)
-            self._close()
-
-    def _close(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = -1
-
-    def __enter__(self) -> _Part:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.drop()
-
-
-class _Filler:
-    """Puts a pack's device bytes, every frame checked, into ``part`` at ``offset``.
-
-    ``resume``: look first whether a frame is there already.
+    ``directories`` and ``max_bytes`` are recorded for all who use the cache from now on; a limit of 0 is none.
+    Threads and processes may share one. Raises StorageError where the directory cannot be used.
     """
 
     def __init__(
-        self, store: Store, digest: str, toc: Toc, part: _Part, offset: int, task: Task, *, resume: bool
+        self,
+        root: Path,
+        *,
+        directories: Sequence[Path] = (),
+        max_bytes: int | None = None,
+        threads: int | None = None,
     ) -> None:
-        self._store = store
-        self._digest = digest
-        self._toc = toc
-        self._part = part
-        self._offset = offset
-        self._task = task
-        self._resume = resume
+        self.root = root.absolute()
+        self._threads = threads
+        with storage(self.root):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.layout = Layout(self.root)
+            if directories or max_bytes is not None:
+                self.layout.configure(directories=directories, max_bytes=max_bytes)
+            for directory in (self.layout.images, *self.layout.directories):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.room = Room(self.layout, self._evict)
 
-    def run(self, pool: ThreadPoolExecutor) -> None:
-        """Fill, with all threads of ``pool``. The first error is raised when no thread is at work any more."""
-        futures = [pool.submit(self._fill, first, end) for first, end in _batches(self._toc)]
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def add(self, image: Image, progress: Progress = SILENT) -> CachedImage:
+        """Bring everything of an image here but its packs' frames.
+
+        Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
+        """
+        self._write_index(image)
+        self._keep(self.image_path(image.digest, "json"), image.digest, image.manifest_size, image.store)
+        config = image.manifest.config
+        self._keep(self.image_path(image.digest, "config.json"), config.digest, config.size, image.store)
+        self._remember(image)
+        missing = [pack for pack in image.packs if not self._has_toc(pack)]
+        if missing:
+            assigned = self.layout.assigned()
+            places = [self._place(pack, assigned) for pack in image.packs]
+            with (
+                progress.task("tables of contents", len(missing)) as task,
+                ThreadPoolExecutor(_FETCHERS, "toc") as pool,
+            ):
+                fetched = [
+                    pool.submit(self._fetch_toc, image.store, pack, places[pack.slot - 1], task.advance)
+                    for pack in missing
+                ]
+                for future in fetched:
+                    future.result()
+        for pack in image.packs:
+            self._prepare(pack)
+        return CachedImage(self, image.digest, image.name, [image.store.url])
+
+    def image(self, name: str, store: str) -> CachedImage:
+        """The image called ``name`` when ``store`` was asked last, or whose digest is ``name``, without the store.
+
+        Raises NotFoundError.
+        """
+        names = self._names().get(store, {})
+        digest = names.get(known_name(name, names))
+        if digest is None:
+            wanted = name.removeprefix("sha256:")
+            found = [digest for digest in self._digests() if len(wanted) >= 8 and digest[7:].startswith(wanted)]
+            if len(found) != 1:
+                raise NotFoundError(f"{self.root}: no image {name!r} of {store}", hint="run `erofsgen pull`")
+            digest = found[0]
+        return self._open(digest, name)
+
+    def images(self) -> list[CachedImage]:
+        """All images of the cache that are whole."""
+        found = []
+        for digest in self._digests():
+            with suppress(ErofsgenError):
+                found.append(self._open(digest, digest))
+        return found
+
+    def image_path(self, digest: str, suffix: str) -> Path:
+        """A file of an image."""
+        return self.layout.images / f"{digest.removeprefix('sha256:')}.{suffix}"
+
+    def _open(self, digest: str, name: str) -> CachedImage:
+        stores = [store for store, names in self._names().items() if digest in names.values()]
+        return CachedImage(self, digest, name, stores)
+
+    def _digests(self) -> list[str]:
+        suffix = ".json"
+        return [
+            f"sha256:{path.name.removesuffix(suffix)}"
+            for path in self.layout.images.glob(f"*{suffix}")
+            if len(path.name) == 64 + len(suffix)
+        ]
+
+    def _names(self) -> dict[str, dict[str, str]]:
         try:
-            for future in futures:
-                future.result()
+            names: dict[str, dict[str, str]] = json.loads((self.root / "names.json").read_bytes())
+        except (OSError, ValueError):
+            return {}  # it only spares asking the store
+        return names
+
+    def _remember(self, image: Image) -> None:
+        names = self._names()
+        mine = names.setdefault(image.store.url, {})
+        if mine.get(image.name) != image.digest:
+            mine[image.name] = image.digest
+            replace_file(self.root / "names.json", json.dumps(names, indent=1).encode())
+
+    def _write_index(self, image: Image) -> None:
+        path = self.image_path(image.digest, "erofs")
+        part = Part.open(path)
+        if part is not None:
+            with part:
+                _ = image.index  # checks that its devices are the manifest's packs
+                data = image.index_bytes()
+                self.room.reserve(len(data))
+                part.write(data, 0)
+                part.commit()
+
+    def _keep(self, path: Path, digest: str, size: int, store: Store) -> None:
+        with storage(path):
+            if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
+                return
+        self.room.reserve(size)
+        replace_file(path, read_blob(store, digest, size, limit=MANIFEST_LIMIT))
+
+    # --- packs -------------------------------------------------------------------------------------------------------
+
+    def files(self, pack: str) -> PackFiles:
+        """The files of the pack with this SHA-256. Raises NotFoundError."""
+        files = self.layout.find(pack)
+        if files is None:
+            raise NotFoundError(f"{self.root}: no pack {pack}", hint="run `erofsgen pull` again")
+        return files
+
+    def open_pack(self, pack: Pack, descriptor: int | None = None) -> PackFile:
+        """A pack of an image, see :class:`PackFile`. Raises NotFoundError, IntegrityError, StorageError."""
+        files = self.files(pack.hex)
+        with storage(files.toc):
+            data = files.toc.read_bytes()
+        return PackFile(files, Toc(data, pack.toc, what=f"pack {pack.hex}"), self.room, descriptor=descriptor)
+
+    def _has_toc(self, pack: Pack) -> bool:
+        files = self.layout.find(pack.hex)
+        try:
+            if files is not None:
+                _check_toc(files.toc.read_bytes(), pack)
+                return True
+        except (FileNotFoundError, FormatError):
+            pass
+        return False
+
+    def _place(self, pack: Pack, assigned: dict[Path, int]) -> PackFiles:
+        return self.layout.find(pack.hex) or self.layout.place(pack.hex, pack.device_size, assigned)
+
+    def _fetch_toc(self, store: Store, pack: Pack, files: PackFiles, advance: Any) -> None:  # noqa: ANN401
+        data = store.read(pack.digest, pack.toc.offset, pack.toc.size)
+        _check_toc(data, pack)
+        self.room.reserve(len(data))
+        replace_file(files.toc, data)
+        with storage(files.data):
+            descriptor = os.open(files.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.close(descriptor)
+        advance(1)
+
+    def _prepare(self, pack: Pack) -> None:
+        """A data file of full size and its map."""
+        files = self.files(pack.hex)
+        with storage(files.data):
+            if os.stat(files.data).st_size == pack.device_size and files.map.exists():
+                return
+            with Presence.open(files.map, pack_frames(files)) as presence:
+                fcntl.flock(presence.fileno(), fcntl.LOCK_EX)
+                if os.stat(files.data).st_size != pack.device_size:
+                    presence.clear()
+                    os.truncate(files.data, pack.device_size)
+
+    def _evict(self, wanted: int) -> int:
+        pinned = set(self.layout.config.pinned)
+        keep = {pack.hex for image in self.images() if image.digest in pinned for pack in image.packs}
+        freed = evict(self.layout.data_files(), wanted, keep=keep)
+        self.room.give_back(freed)
+        return freed
+
+    # --- all of an image ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Be the one that fills packs. Waits for other commands; raises BusyError where a daemon does it."""
+        with storage(self.root / "lock.fill"):
+            descriptor = os.open(self.root / "lock.fill", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if (self.root / "control.sock").exists():
+                        raise BusyError(f"{self.root}: a daemon fills this cache") from None
+                    time.sleep(_LOOK)
+            if self.room.limit is not None:
+                self.room.count()
+            yield
         finally:
-            for future in futures:
-                future.cancel()
-            wait(futures)
+            os.close(descriptor)
 
-    def _fill(self, first: int, end: int) -> None:
-        toc = self._toc
-        length = int(toc.device_sizes[first:end].sum())
-        while self._resume and first < end and self._is_right(first):
-            first += 1
-        if first < end:
-            start = int(toc.offsets[first])
-            stored = self._store.read(self._digest, start, int(toc.offsets[end - 1] + toc.sizes[end - 1]) - start)
-            for frame in range(first, end):
-                at = int(toc.offsets[frame]) - start
-                piece = stored[at : at + int(toc.sizes[frame])]
-                data = open_frame(piece, toc, frame, what=f"pack {self._digest}")
-                self._part.write(data, self._offset + int(toc.device_offsets[frame]))
-        self._task.advance(length)
+    def fill(self, image: CachedImage, store: Store, progress: Progress = SILENT) -> None:
+        """Bring all frames of an image, in this process, within :meth:`filling`.
 
-    def _is_right(self, frame: int) -> bool:
-        toc = self._toc
-        offset = self._offset + int(toc.device_offsets[frame])
-        return blake3(self._part.read(offset, int(toc.device_sizes[frame]))).digest() == toc.digest(frame)
+        Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
+        """
+        with ExitStack() as opened:
+            packs = [(pack, self.open_pack(pack)) for pack in image.packs]
+            for _, file in packs:
+                opened.callback(file.close)
+            # A store that can fail has its own retries; here a failure is the user's to see at once
+            engine = opened.enter_context(Engine([StoreSource(store)], retries=0))
+            for pack, file in packs:
+                self.take_over(pack, file, store)
+            fill_packs(engine, [file for _, file in packs], progress)
 
+    def take_over(self, pack: Pack, file: PackFile, store: Store | None) -> None:
+        """Let count what is here already: frames of another boot, and blobs that the file system can share."""
+        file.recover(file.presence.suspects())
+        if pack.raw and isinstance(store, DirectoryStore) and not file.presence.count():
+            self._share(pack, file, store)
 
-def _batches(toc: Toc) -> Iterator[tuple[int, int]]:
-    """Neighbouring frames, ``[first, end)``, of about ``_BATCH`` device bytes."""
-    first = size = 0
-    for frame, device_size in enumerate(toc.device_sizes.tolist()):
-        if size and size + device_size > _BATCH:
-            yield first, frame
-            first, size = frame, 0
-        size += device_size
-    if size:
-        yield first, len(toc)
+    def _share(self, pack: Pack, file: PackFile, store: DirectoryStore) -> None:
+        """Take a raw pack's bytes by reference where the file system can, and let those count that are right."""
+        try:
+            source = os.open(store.blob_path(pack.digest), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # reading it says what is wrong
+        try:
+            self.room.reserve(pack.device_size)
+            linux.clone_file(source, file.descriptor)
+            os.ftruncate(file.descriptor, pack.device_size)
+        except OSError:
+            self.room.give_back(pack.device_size)
+            return
+        finally:
+            os.close(source)
+        for frame in range(len(file.toc)):
+            if file.is_right(frame):
+                file.presence.mark_written(frame)
 
+    def materialise(self, image: Image, progress: Progress = SILENT) -> tuple[Path, list[Path]]:
+        """Make all of an image local: its index, and its packs' data files in device-slot order. As :meth:`fill`."""
+        cached = self.add(image, progress)
+        if not self.is_complete(cached):
+            with self.filling():
+                self.fill(cached, image.store, progress)
+        settle([cached.index])
+        return cached.index, cached.devices()
 
-def _index_bytes(image: Image) -> bytes:
-    _ = image.index  # checks that its devices are the manifest's packs
-    return image.index_bytes()
+    def materialise_flat(self, image: Image, progress: Progress = SILENT) -> Path:
+        """Make all of an image local in one file. Raises as :meth:`fill` does."""
+        path = self.image_path(image.digest, "flat")
+        write_flat(image, path, progress, threads=self._threads)
+        return path
 
-
-def _mark(descriptor: int) -> bool:
-    """Let a file count in this boot only. False where the file system cannot keep that."""
-    try:
-        os.setxattr(descriptor, _BOOT, linux.boot_id().encode())
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        return False
-    return True
-
-
-def _open_locked(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _take_over(path: Path, part: Path) -> int:
-    descriptor = _open_locked(path)
-    try:
-        os.rename(path, part)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    def is_complete(self, image: CachedImage) -> bool:
+        """Whether all frames of an image are here."""
+        for files in image.files():
+            with Presence.open(files.map, pack_frames(files)) as presence:
+                if not presence.complete:
+                    return False
+        return True
 
 
-def _is(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def fill_packs(engine: Engine, packs: Sequence[PackFile], progress: Progress) -> None:
+    """Bring all that is missing of ``packs``. The first error is raised when all have come to an end."""
+    missing = {file: file.missing(range(len(file.toc))) for file in packs}
+    total = sum(int(file.toc.device_sizes[frames].sum()) for file, frames in missing.items() if frames)
+    if not total:
+        return
+    with progress.task("packs", total) as task:
+        before = done = engine.stats()["bytes_written"]
+        futures = [
+            engine.request(file, 0, file.toc.device_size, priority=Priority.PREFETCH)
+            for file, frames in missing.items()
+            if frames
+        ]
+        while not all(future.done() for future in futures):
+            time.sleep(_LOOK / 10)
+            now = min(engine.stats()["bytes_written"], before + total)
+            task.advance(now - done)
+            done = now
+        for future in futures:
+            future.result()
+        task.advance(before + total - done)
 
 
-@contextmanager
-def storage(path: Path) -> Iterator[None]:
-    """Turns an OSError about ``path`` into the user's line."""
-    try:
-        yield
-    except OSError as error:
-        hint = None
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or choose another directory with --root"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            hint = "run as root, or choose another directory with --root"
-        raise StorageError(f"{path}: {error.strerror}", hint=hint) from error
+def pack_frames(files: PackFiles) -> int:
+    """How many frames a pack has, by its TOC. Raises StorageError, FormatError."""
+    with storage(files.toc):
+        return len(frame_starts(files.toc.read_bytes(), what=str(files.toc))) - 1
+
+
+def _check_toc(data: bytes, pack: Pack) -> None:
+    what = f"pack {pack.digest}"
+    toc = Toc(data, pack.toc, what=what)
+    if toc.raw != pack.raw or toc.device_size != pack.device_size:
+        raise FormatError(f"{what}: its table of contents contradicts the manifest")

@@ -3,7 +3,8 @@
 ::
 
     0      header: magic, version, number of frames, boot id; zeros up to
-    4096   one byte per frame, a State
+    4096   one byte per frame, a State; zeros up to a multiple of 4
+    …      four bytes per frame: when it was used last, in minutes since 1970; 0 where it never was
 
     ABSENT ──write──► WRITTEN ──data file synced──► DURABLE
       ▲                  │ opened in another boot
@@ -22,6 +23,8 @@ may have it mapped. If ``pwrite`` of a mark is lost with the power, the frame is
 
 Locks: an open-file-description lock on the header, held while the map is opened and while marks are taken back or
 made durable. ``flock`` on the map is not this module's: with it the cache says who uses a pack.
+
+Small processes use this module: nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -30,15 +33,17 @@ import errno
 import fcntl
 import mmap
 import os
+import re
+import sys
 import threading
+import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 from struct import Struct
 from typing import Final
-
-import numpy as np
 
 from erofsgen.errors import StorageError
 
@@ -47,7 +52,7 @@ HEADER_SIZE: Final = 4096
 
 _HEADER: Final = Struct("<8sII16s")  # magic, version, number of frames, boot id
 _MAGIC: Final = b"EGPRESNT"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _FLOCK: Final = Struct("@hhqqi4x")  # struct flock of 64-bit machines: type, whence, start, length, pid
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
@@ -62,10 +67,9 @@ class State(IntEnum):
 
 
 _READY: Final = bytes((State.WRITTEN, State.DURABLE))
-_FEW: Final = 32
-"""Frames that are looked at sooner than numpy is called."""
-
-_MISSING_OF: Final = bytes(value not in _READY for value in range(256))
+_MISSING: Final = re.compile(b"[^%s]" % re.escape(_READY))
+_USED: Final = Struct("<I")
+_MINUTE: Final = 60
 _AFTER_BOOT: Final = bytes((State.ABSENT, State.SUSPECT, State.DURABLE, State.SUSPECT)).ljust(256, b"\0")
 
 
@@ -88,6 +92,8 @@ class Presence:
         self._descriptor = descriptor
         self._map = states
         self._lock = threading.Lock()
+        self._used_at = _used_at(frames)
+        self._touched: dict[int, int] = {}  # frames whose use of this minute is in the map
 
     @classmethod
     def open(cls, path: Path, frames: int, *, boot: bytes | None = None) -> Presence:
@@ -95,12 +101,12 @@ class Presence:
 
         Raises StorageError.
         """
-        size = HEADER_SIZE + frames
+        size = map_size(frames)
         with _storage(path):
             boot = boot_id() if boot is None else boot
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                with _locked(descriptor):
+                with locked(descriptor):
                     header = os.pread(descriptor, _HEADER.size, 0)
                     if header != _HEADER.pack(_MAGIC, _VERSION, frames, boot) or os.fstat(descriptor).st_size != size:
                         _renew(descriptor, frames, boot)
@@ -127,11 +133,26 @@ class Presence:
     def missing(self, frames: range) -> list[int]:
         """Those of ``frames`` (of step 1) that cannot be read, in order."""
         states = self._states(frames.start, frames.stop)
-        if len(states) <= _FEW:
-            return [frame for frame, state in zip(frames, states, strict=True) if state not in _READY]
-        missing = np.frombuffer(states.translate(_MISSING_OF), np.uint8)
-        found: list[int] = (np.flatnonzero(missing) + frames.start).tolist()
-        return found
+        return [frames.start + found.start() for found in _MISSING.finditer(states)]
+
+    def touch(self, first: int, last: int) -> None:
+        """Frames from ``first`` to ``last``, both included, are being used. Costs nothing twice in a minute.
+
+        A use that cannot be noted is no error: it only makes the frame look older.
+        """
+        now = int(time.time()) // _MINUTE
+        for frame in range(first, last + 1):
+            if self._touched.get(frame) != now:
+                self._touched[frame] = now
+                with suppress(OSError):
+                    _write(self._descriptor, _USED.pack(now), self._used_at + _USED.size * frame)
+
+    def last_uses(self) -> list[int]:
+        """When each frame was used last, in minutes since 1970."""
+        uses = array("I", self._map[self._used_at : self._used_at + _USED.size * self.frames])
+        if sys.byteorder == "big":
+            uses.byteswap()
+        return uses.tolist()
 
     def written(self) -> list[int]:
         """The frames that are WRITTEN, in order."""
@@ -140,6 +161,10 @@ class Presence:
     def suspects(self) -> list[int]:
         """The frames whose bytes must be compared with their digest before they count, in order."""
         return self._in_state(State.SUSPECT)
+
+    def occupied(self, frame: int) -> bool:
+        """Whether a frame's bytes, right or not, take room in the data file."""
+        return self._map[self._place(frame)] != State.ABSENT
 
     def count(self) -> int:
         """How many frames can be read."""
@@ -223,9 +248,8 @@ class Presence:
         return self._map[HEADER_SIZE + start : HEADER_SIZE + stop]
 
     def _in_state(self, state: State) -> list[int]:
-        states = np.frombuffer(self._states(0, self.frames), np.uint8)
-        found: list[int] = np.flatnonzero(states == state).tolist()
-        return found
+        states = self._states(0, self.frames)
+        return [found.start() for found in re.finditer(re.escape(_BYTES[state]), states)]
 
     def _mark(self, frame: int, state: State) -> None:
         try:
@@ -245,23 +269,33 @@ class Presence:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         # the lock on the file keeps other openings of the map out, the other one this opening's threads
-        with self._lock, _locked(self._descriptor):
+        with self._lock, locked(self._descriptor):
             yield
 
 
 _BYTES: Final = [bytes([state]) for state in State]
 
 
+def _used_at(frames: int) -> int:
+    """Where the times of use begin."""
+    return HEADER_SIZE + (frames + 3) // 4 * 4
+
+
+def map_size(frames: int) -> int:
+    """Bytes of the map of a pack with ``frames`` frames."""
+    return _used_at(frames) + _USED.size * frames
+
+
 def _renew(descriptor: int, frames: int, boot: bytes) -> None:
     """Make the map one of this boot. The header comes last: until then the next to open the map does the same again."""
-    size = HEADER_SIZE + frames
+    size = map_size(frames)
     old = os.pread(descriptor, size + 1, 0)
     if len(old) == size and _HEADER.unpack_from(old)[:3] == (_MAGIC, _VERSION, frames):
-        _write(descriptor, old[HEADER_SIZE:].translate(_AFTER_BOOT), HEADER_SIZE)
+        _write(descriptor, old[HEADER_SIZE : HEADER_SIZE + frames].translate(_AFTER_BOOT), HEADER_SIZE)
     else:
         os.ftruncate(descriptor, size)
         os.posix_fallocate(descriptor, 0, size)  # so that no mark can find the disk full
-        _write(descriptor, bytes(frames), HEADER_SIZE)
+        _write(descriptor, bytes(size - HEADER_SIZE), HEADER_SIZE)
         if old:
             os.fdatasync(descriptor)  # the power may not keep the header that follows and what the file held before
     _write(descriptor, _HEADER.pack(_MAGIC, _VERSION, frames, boot), 0)
@@ -273,7 +307,8 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
 
 
 @contextmanager
-def _locked(descriptor: int) -> Iterator[None]:
+def locked(descriptor: int) -> Iterator[None]:
+    """Hold an exclusive lock on a file's first bytes, as one opening of it among those of all processes."""
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, HEADER_SIZE, 0))
     try:
         yield

@@ -28,7 +28,7 @@ from typing import Final
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, UsageError
 from erofsgen.host import linux
-from erofsgen.host.cache.cache import storage
+from erofsgen.host.cache.part import storage
 from erofsgen.host.container.bundle import Options, write_bundle
 from erofsgen.host.container.runtime import Container, find_runtimes
 from erofsgen.host.mount.mounts import mount, unmount

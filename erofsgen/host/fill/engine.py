@@ -151,6 +151,12 @@ class Engine:
         _settle(settled)
         return request.future
 
+    def add_source(self, source: Source) -> None:
+        """One more source, the farthest; a name that is among them changes nothing."""
+        with self._lock:
+            if source.name not in [known.name for known in self._tiers.sources]:
+                self._tiers.add(source)
+
     def forget(self, target: Target) -> None:
         """Fail what is asked of ``target``, and return when nothing will call its ``write_frame`` any more.
 
@@ -255,7 +261,7 @@ class Engine:
                 self._schedule.deliver(read, data)
             elif error is not None:
                 if not read.late:
-                    self._tiers.failed(read.source, error)
+                    self._tiers.failed(read.source, error, read.target.name)
                 self._go_on(self._schedule.failed(read), read.attempt, error, settled)
             data = None  # before another thread accounts for it as gone
             stay = len(self._workers) - self._late <= self._threads
@@ -332,6 +338,8 @@ class Engine:
     def _add(self, target: Target, frames: range, request: Request) -> None:
         if self._closed:
             raise _closed()
+        if not self._tiers.sources:
+            raise NotFoundError(f"pack {target.name}: no store is known that has it")
         if request.deadline < float("inf"):
             self._timed.add(request)
         schedule = self._schedule
@@ -373,7 +381,7 @@ class Engine:
 
     def _overtake(self, read: Read, error: TimeoutError, settled: _Settled) -> None:
         self._reads.discard(read)
-        self._tiers.failed(read.source, error)
+        self._tiers.failed(read.source, error, read.target.name)
         self._counters.overtaken_reads += 1
         self._late += 1
         self._go_on(self._schedule.overtake(read), read.attempt, error, settled)

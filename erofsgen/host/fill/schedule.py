@@ -365,7 +365,7 @@ class Schedule:
                 length += stored
                 held += stored + device
                 (taken.append if step > 0 else taken.appendleft)(neighbour)
-        read = Read(list(taken), frame.attempt or self._tiers.first(), length, held)
+        read = Read(list(taken), frame.attempt or self._tiers.first(frame.target.name), length, held)
         for each in taken:
             each.state = State.READING
             each.read = read

@@ -110,18 +110,25 @@ class Tiers:
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        if not sources:
-            raise ValueError("no sources")
-        self.sources = tuple(sources)
-        self.health = tuple(Health() for _ in self.sources)
+        self.sources = list(sources)
+        self.health = [Health() for _ in sources]
+        self._absent: set[tuple[int, str]] = set()
         self._retries = retries
         self._backoff = backoff
         self._clock = clock
         self._uniform = uniform
 
-    def first(self) -> Attempt:
-        """Where frames begin that nobody was asked for."""
-        return Attempt(0, self._order(range(len(self.sources))))
+    def add(self, source: Source) -> None:
+        """One more, the farthest."""
+        self.sources.append(source)
+        self.health.append(Health())
+
+    def first(self, pack: str) -> Attempt:
+        """Where frames of a pack begin that nobody was asked for: sources that lacked it come last."""
+        order = self._order(range(len(self.sources)))
+        if self._absent:
+            order = tuple(sorted(order, key=lambda number: (number, pack) in self._absent))
+        return Attempt(0, order)
 
     def after(self, attempt: Attempt, error: BaseException) -> tuple[Attempt, float] | None:
         """What follows when the first source of ``attempt`` failed: the next attempt, and seconds to wait before it.
@@ -148,10 +155,11 @@ class Tiers:
         """A frame from this source was right."""
         self.health[source].in_row = 0
 
-    def failed(self, source: int, error: BaseException) -> None:
+    def failed(self, source: int, error: BaseException, pack: str) -> None:
         """A read of this source failed. Not to have a blob is no fault of a tier."""
         if isinstance(error, NotFoundError):
             self.health[source].absent += 1
+            self._absent.add((source, pack))
         else:
             self.health[source].failed += 1
             self._fell(source)

@@ -1,4 +1,8 @@
-"""Eager mounts: all of an image is local and verified before it is mounted, and nothing runs afterwards.
+"""Mounts of images, eager and lazy.
+
+Eager: all of an image is local and verified before it is mounted, and nothing runs afterwards. Lazy: its index and
+tables of contents are local, its packs are under the marks of a daemon's plane before the kernel opens them, and what
+is read is brought then.
 
 A read-only mount is the kernel's EROFS on the target. A read-write one is overlayfs on the target with that EROFS
 below it, which is attached nowhere else: one umount ends both. See :mod:`erofsgen.host.mount.state` for what is kept.
@@ -13,37 +17,48 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, StorageError, UnsupportedError, UsageError
 from erofsgen.host import linux
-from erofsgen.host.cache.cache import HostCache, settle, storage
+from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.part import settle, storage
+from erofsgen.host.daemon.client import Client
 from erofsgen.host.mount import superblock
 from erofsgen.host.mount.holders import holders
 from erofsgen.host.mount.overlay import Upper
-from erofsgen.host.mount.state import How, MountInfo, MountStates, namespace
+from erofsgen.host.mount.state import How, MountInfo, MountStates, Plane, namespace
+from erofsgen.host.pull import complete
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
 
+READ_AHEAD: Final = 1024
+"""KiB that EROFS reads ahead of a sequential reader of a lazy mount: a frame at a time. See docs/decisions.md."""
+
 
 def mount(
-    image: Image,
+    image: Image | CachedImage,
     target: Path,
     *,
     root: Path,
+    plane: Plane = "eager",
     rw: bool = False,
     upper: Path | None = None,
+    read_ahead: int = READ_AHEAD,
     progress: Progress = SILENT,
     via: How | None = None,
 ) -> MountInfo:
     """Mount ``image`` on the directory ``target``; host cache and state are below ``root``.
 
+    ``image`` of the cache needs no store, if the cache has what ``plane`` needs. A lazy ``plane`` starts a daemon where
+    none runs; EROFS then reads ``read_ahead`` KiB ahead.
     ``rw`` puts an overlay on top, whose changes are thrown away with the mount. ``upper``, made where it is missing,
     keeps them, and implies ``rw``. ``via`` is for tests: by default files back the mount where the
     kernel can do that, else a loop device does.
 
     Raises NotFoundError and UsageError (``target`` or ``upper`` cannot be used as such), BusyError (a mount of ours is
-    there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS), and what
-    :meth:`HostCache.materialise` raises. Nothing is mounted then.
+    there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS or without the plane), and what
+    :meth:`HostCache.add` and :func:`erofsgen.host.pull.complete` raise. Nothing is mounted then.
     """
     target = _target(target)
     if upper is not None:
@@ -55,17 +70,29 @@ def mount(
     with states.locked() as mounted:
         _refuse(mounted, target, upper)
     cache = HostCache(states.root)
+    cached = image if isinstance(image, CachedImage) else cache.add(image, progress)
     if via is None:
-        via = "file-backed" if superblock.can_back_by_file(cache.index(image)) else "loop"
-    if via == "file-backed":
-        index, devices = cache.materialise(image, progress)
-    else:
-        index, devices = cache.materialise_flat(image, progress), []
-    with states.locked() as mounted, ExitStack() as undo, ExitStack() as descriptors:
+        via = "file-backed" if plane != "eager" or superblock.can_back_by_file(cached.index) else "loop"
+    if via == "loop":
+        cache.materialise_flat(image if isinstance(image, Image) else cached.open(), progress)
+    elif plane == "eager":
+        complete(cache, cached, image if isinstance(image, Image) else None, progress)
+    identity = secrets.token_hex(8)
+    with ExitStack() as undo, ExitStack() as held:
+        if via == "loop":
+            index, devices = cache.image_path(cached.digest, "flat"), []
+        else:
+            index, devices = cached.index, held.enter_context(cached.in_use())
+        if plane != "eager":
+            client = held.enter_context(Client.start(states.root))
+            client.call("arm", mount=identity, packs=[os.fspath(path) for path in devices])
+        mounted = held.enter_context(states.locked())
         _refuse(mounted, target, upper)
-        identity = secrets.token_hex(8)
-        top = superblock.mount_files(index, devices) if via == "file-backed" else superblock.mount_loop(index)
-        descriptors.callback(os.close, top)
+        if via == "loop":
+            top = superblock.mount_loop(index)
+        else:
+            top = superblock.mount_files(index, devices, read_ahead=None if plane == "eager" else read_ahead)
+        held.callback(os.close, top)
         changes = None
         if rw:
             with states.private(identity) as private:
@@ -73,13 +100,14 @@ def mount(
                 changes = Upper(upper or states.throwaway(identity), keep=upper is not None)
                 undo.callback(changes.undo)
                 top = changes.overlay(top, private)
-            descriptors.callback(os.close, top)
+            held.callback(os.close, top)
         device = os.fstat(top).st_dev
         info = MountInfo(
             id=identity,
             target=str(target),
-            image=image.name,
-            digest=image.digest,
+            image=cached.name,
+            digest=cached.digest,
+            plane=plane,
             how=via,
             rw=rw,
             upper=str(changes.data) if changes else None,
@@ -98,10 +126,18 @@ def mount(
         states.write(info)
         with storage(target):
             place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            descriptors.callback(os.close, place)
+            held.callback(os.close, place)
             linux.move_mount(top, place)
         undo.pop_all()
+        if plane != "eager":
+            with suppress(ErofsgenError):  # that the connection ends says the same
+                client.call("made", mount=identity)
     return info
+
+
+def choose(plane: str) -> Plane:
+    """The plane that the user's word means. ``auto``: the first there is; that it works shows when it is started."""
+    return "fanotify" if plane in ("auto", "fanotify") else "eager"
 
 
 def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:
@@ -138,8 +174,14 @@ def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:
                 raise UnsupportedError(f"{path}: unmounting is not permitted", hint="run as root") from error
             raise StorageError(f"{path}: {error.strerror}") from error
         states.forget(info)
+    if info.plane != "eager":
+        with suppress(ErofsgenError):  # it looks by itself, only later
+            client = Client.connect(states.root)
+            if client is not None:
+                with client:
+                    client.call("unmounted", mount=info.id)
     with suppress(StorageError):  # a file that cannot be synced is removed from the cache: no matter of this mount
-        settle(Path(path) for path in (info.index, *info.devices))
+        settle([Path(info.index)])
     return info
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from erofsgen.errors import UsageError
 from erofsgen.host import linux
-from erofsgen.host.cache.cache import storage
+from erofsgen.host.cache.part import storage
 from erofsgen.host.mount import superblock
 
 

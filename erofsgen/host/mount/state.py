@@ -30,14 +30,16 @@ import msgspec
 
 from erofsgen.errors import FormatError
 from erofsgen.host import linux
-from erofsgen.host.cache.cache import storage
+from erofsgen.host.cache.part import storage
 
 How = Literal["file-backed", "loop"]
+Plane = Literal["eager", "fanotify"]
 
 
 class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A mount, and all that is needed to undo it. Paths are absolute, without symbolic links.
 
+    ``plane``            ``eager``: all of it was local when it was mounted; otherwise who brings what is missing
     ``how``              ``file-backed``: index and devices are files; ``loop``: one flat image under a loop device
     ``index``            the index, or the flat image
     ``devices``          packs' data files in device-slot order; none under ``loop``
@@ -52,7 +54,7 @@ class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     image: str
     digest: str
-    plane: Literal["eager"] = "eager"
+    plane: Plane = "eager"
     how: How
     rw: bool
     upper: str | None

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,8 @@ from erofsgen.host import linux
 
 _LOOP_ATTEMPTS: Final = 64
 """Loop devices to try: another process may take the free one first."""
+
+_BACKING_DEVICES: Final = "/sys/class/bdi"
 
 _SPECIAL: Final = frozenset(',:\\"')
 """What overlayfs's own option parser, or findmnt's reader, would trip over."""
@@ -55,15 +57,32 @@ def can_back_by_file(index: Path) -> bool:
     return True
 
 
-def mount_files(index: Path, devices: Sequence[Path]) -> int:
-    """EROFS over an index and its devices, in slot order, all regular files."""
+def mount_files(index: Path, devices: Sequence[Path], *, read_ahead: int | None = None) -> int:
+    """EROFS over an index and its devices, in slot order, all regular files.
+
+    ``read_ahead``: KiB that the kernel reads ahead in it, instead of its default of 128.
+    """
+    before = _backing_devices() if read_ahead is not None else set()
     with _context("erofs", index) as context, _paths() as parameter:
         linux.fsconfig_string(context, "source", parameter(index))
         for device in devices:
             linux.fsconfig_string(context, "device", parameter(device))
         linux.fsconfig_flag(context, "ro")
         linux.fsconfig_create(context)
-        return linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
+        mount = linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
+    # Nothing tells which of them is the new superblock's (super_setup_bdi() numbers them). Another mount made in the
+    # same instant would get the setting, too, which does it no harm
+    for name in _backing_devices() - before if read_ahead is not None else ():
+        with suppress(OSError):  # no sysfs, or a read-only one
+            Path(_BACKING_DEVICES, name, "read_ahead_kb").write_text(str(read_ahead))
+    return mount
+
+
+def _backing_devices() -> set[str]:
+    """EROFS superblocks that files back, as sysfs has them."""
+    with suppress(OSError):
+        return {name for name in os.listdir(_BACKING_DEVICES) if name.startswith("erofs-")}
+    return set()
 
 
 def mount_loop(flat: Path) -> int:

@@ -1,0 +1,96 @@
+"""The cache's byte limit: nothing is written before there is room for it.
+
+``ROOT/ledger`` holds the bytes in use, eight of them, under an open-file-description lock; every process adds to it
+before it writes, and takes away after it has given back. So a crash leaves the number too high, never too low. Whoever
+holds ``lock.fill`` counts anew when it begins, when nobody else writes frames.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from struct import Struct
+from typing import Final
+
+from erofsgen.errors import StorageError
+from erofsgen.host.cache.files import Layout
+from erofsgen.host.cache.presence import locked
+
+_COUNT: Final = Struct("<Q")
+_HYSTERESIS: Final = 64
+"""One of so many parts of the limit is freed beyond what is needed, so that not every frame evicts one."""
+
+
+class Room:
+    """Room in the cache of ``layout``; without a limit there always is. ``evict(bytes)`` frees some, or less.
+
+    Safe for threads and processes.
+    """
+
+    def __init__(self, layout: Layout, evict: Callable[[int], int]) -> None:
+        self._layout = layout
+        self._evict = evict
+        self._lock = threading.Lock()
+        self._evicting = threading.Lock()
+        self._descriptor = os.open(layout.root / "ledger", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that the cache may take."""
+        return self._layout.config.max_bytes
+
+    def count(self) -> int:
+        """Count what is in use. Only for who holds ``lock.fill``, before it writes."""
+        with self._ledger():
+            used = self._layout.allocated()
+            self._write(used)
+            return used
+
+    def reserve(self, size: int) -> None:
+        """Take ``size`` bytes, after evicting what is needed. Raises StorageError where that is not possible."""
+        limit = self.limit
+        if limit is None:
+            return
+        if self._take(size, limit):
+            return
+        with self._evicting:
+            if not self._take(size, limit):
+                self._evict(size + limit // _HYSTERESIS)
+                if not self._take(size, limit):
+                    raise StorageError(
+                        f"{self._layout.root}: the cache is full: its {limit} bytes are in use by mounts or pinned",
+                        hint="unmount or unpin images, or raise the limit with --max-bytes",
+                    )
+
+    def give_back(self, size: int) -> None:
+        """``size`` bytes are free again."""
+        if self.limit is not None:
+            with self._ledger():
+                self._write(max(0, self._read() - size))
+
+    def _take(self, size: int, limit: int) -> bool:
+        with self._ledger():
+            used = self._read()
+            if used + size > limit:
+                return False
+            self._write(used + size)
+            return True
+
+    def _read(self) -> int:
+        data = os.pread(self._descriptor, _COUNT.size, 0)
+        if len(data) == _COUNT.size:
+            return int(_COUNT.unpack(data)[0])
+        return self._layout.allocated()
+
+    def _write(self, used: int) -> None:
+        try:
+            os.pwrite(self._descriptor, _COUNT.pack(used), 0)
+        except OSError as error:
+            raise StorageError(f"{self._layout.root / 'ledger'}: {error.strerror}") from error
+
+    @contextmanager
+    def _ledger(self) -> Iterator[None]:
+        with self._lock, locked(self._descriptor):
+            yield

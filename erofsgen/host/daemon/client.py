@@ -1,0 +1,141 @@
+"""A command's side of the control socket, and the start of a daemon where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from erofsgen.errors import ErofsgenError, StorageError
+from erofsgen.host.daemon import control
+
+LOG: Final = "daemon.log"
+_LOG_LIMIT: Final = 8 << 20
+"""Bytes after which the log is begun anew, when a daemon starts."""
+_START: Final = 10.0
+"""Seconds that a daemon has to start in."""
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Client:
+    """One connection to the daemon. Commands follow one another; the last may be :meth:`worker`'s."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rb")
+
+    @classmethod
+    def connect(cls, root: Path) -> Client | None:
+        """To the daemon of ``root``, None where none runs. Raises StorageError."""
+        connection = control.connect(root)
+        return None if connection is None else cls(connection)
+
+    @classmethod
+    def start(cls, root: Path, options: Sequence[str] = ()) -> Client:
+        """To the daemon of ``root``, which is started where none runs. Raises what kept it from starting."""
+        client = cls.connect(root)
+        if client is None:
+            start(root, options)
+            client = cls.connect(root)
+        if client is None:
+            raise StorageError(f"{root}: the daemon does not answer", hint=f"see {root / LOG}")
+        return client
+
+    def call(self, do: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  (what JSON has)
+        """Have the supervisor do something; the facts it replies with. Raises the error it replies with."""
+        return self._call({"do": do, **arguments}, None)
+
+    def worker(self, do: str, progress: Progress | None = None, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Have the worker do something. The connection is of no use afterwards."""
+        return self._call({"do": "worker", "command": {"do": do, **arguments}}, progress)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._lines.close()
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, command: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+        try:
+            self._connection.sendall(json.dumps(command).encode() + b"\n")
+            for line in self._lines:
+                message = json.loads(line)
+                if "error" in message:
+                    raise control.error_of(message)
+                if "ok" in message:
+                    facts: dict[str, Any] = message["ok"]
+                    return facts
+                if progress is not None:
+                    progress(message["progress"])
+        except OSError as error:
+            raise control.no_answer() from error
+        raise control.no_answer()
+
+
+def start(root: Path, options: Iterable[str] = ()) -> None:
+    """Start a daemon for ``root`` in the background and wait until it answers. Raises what kept it from that."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = root / LOG
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from error
+    try:
+        if os.fstat(log).st_size > _LOG_LIMIT:
+            os.ftruncate(log, 0)
+        begin = os.fstat(log).st_size
+        process = subprocess.Popen(
+            [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(root), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    until = time.monotonic() + _START
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        while time.monotonic() < until:
+            if select.select([pidfd], [], [], 0.01)[0]:
+                if process.wait() and (client := Client.connect(root)) is None:
+                    raise _reason(path, begin, process.returncode)
+                if client is not None:  # another command has started one in the same moment
+                    client.close()
+                return
+            client = Client.connect(root)
+            if client is not None:
+                client.close()
+                process.returncode = 0  # it is nobody's child to wait for; keeps Popen from warning
+                return
+    finally:
+        os.close(pidfd)
+    process.kill()
+    process.wait()
+    raise StorageError(f"{root}: the daemon did not answer within {_START:g} s", hint=f"see {path}")
+
+
+def _reason(log: Path, begin: int, code: int) -> ErofsgenError:
+    """What a daemon that did not start has said."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").splitlines()
+    said = {kind: line.partition(": ")[2] for line in lines for kind in ("error", "hint") if line.startswith(kind)}
+    kinds = {kind.exit_code: kind for kind in ErofsgenError.__subclasses__()}
+    return kinds.get(code, StorageError)(
+        said.get("error", "the daemon did not start"), hint=said.get("hint", f"see {log}")
+    )

@@ -1,0 +1,441 @@
+"""The supervisor: one thread that holds the plane's kernel descriptor, answers, and keeps a worker and a standby alive.
+
+::
+
+    ROOT/
+    ├── control.sock        root's alone (0600)
+    ├── lock.daemon         exclusive: the supervisor and its standby, which inherits it
+    ├── lock.fill           exclusive: whoever puts bytes into the cache, here on behalf of the worker
+    └── daemon.log          what supervisor and worker say, unless systemd takes it
+
+What dies, and what is left:
+
+- the worker: requests wait here; the next worker is told all of them.
+- the supervisor: readers wait, since the standby holds the group; it becomes the supervisor, and goes on with the
+  journal. What had been read from the kernel in the same instant, and was not in the journal yet, fails with EIO.
+- both: the same. Supervisor and standby in one instant, without systemd: the kernel lets readers pass, and they may
+  read holes. The next daemon finds packs in use that it holds no group for, and cuts them off.
+- SIGTERM: lazy mounts are detached, packs still in use are cut off: they give EIO from then on. SIGHUP starts the same
+  program anew, with all it holds.
+
+Imports nothing heavy: it is small, starts fast, and is not disturbed by what the worker does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import gc
+import importlib
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from erofsgen import __version__
+from erofsgen.errors import BusyError, ErofsgenError, StorageError, UsageError
+from erofsgen.host import linux
+from erofsgen.host.cache.files import Layout
+from erofsgen.host.daemon import control, systemd
+from erofsgen.host.daemon.channel import Message
+from erofsgen.host.daemon.control import Connection, ControlServer
+from erofsgen.host.daemon.journal import Journal
+from erofsgen.host.daemon.loop import Loop
+from erofsgen.host.daemon.requests import Request, Requests
+from erofsgen.host.daemon.standby import Standby, become
+from erofsgen.host.daemon.workerlink import WorkerLink, worker_command
+
+_logger: Final = logging.getLogger(__name__)
+
+_DESCRIPTORS: Final = 1 << 20
+"""Open files wanted: an event without a descriptor to spare is a read that fails."""
+_TICK: Final = 0.5
+"""Seconds between looks at deadlines."""
+_SWEEP: Final = 10.0
+"""Seconds between looks for packs that nothing uses any more."""
+_SOON: Final = (0.02, 0.2, 1.0)
+"""The same, after an unmount: the kernel closes a superblock's files a moment later."""
+_KEPT_ERRORS: Final = 16
+
+
+class Supervisor:
+    """Runs ``plane`` for ``root``. ``holds``: what a successor needs, by name. ``arguments``: to start one with."""
+
+    def __init__(
+        self,
+        root: Path,
+        plane: Any,  # noqa: ANN401  (imported by name: erofsgen knows no plane)
+        journal: Journal,
+        listening: socket.socket,
+        holds: dict[str, int],
+        arguments: Sequence[str],
+        options: argparse.Namespace,
+    ) -> None:
+        self.root = root
+        self._loop = Loop()
+        self._plane = plane
+        self._journal = journal
+        self._holds = holds
+        self._arguments = list(arguments)
+        self._requests = Requests(journal, options.deadline)
+        self._control = ControlServer(self._loop, listening, self._command)
+        self._standby = Standby(holds, arguments)
+        self._worker = WorkerLink(
+            self._loop,
+            worker_command(str(root), options.worker),
+            self._requests,
+            descriptor_of=self._descriptor_of,
+            received=self._from_worker,
+        )
+        self._started = time.time()
+        self._denied = 0
+        self._errors: deque[dict[str, Any]] = deque(maxlen=_KEPT_ERRORS)
+        self._wanted: set[str] = set()  # what the worker asked packs for
+        self._is_stopping = False
+        self._stop_asked: list[Connection] = []
+        plane.attach(self)
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until told to stop."""
+        self._inherit()
+        signal.set_wakeup_fd(self._loop.wakeup, warn_on_full_buffer=False)
+        self._on(signal.SIGTERM, lambda: self._stop(None))
+        self._on(signal.SIGINT, lambda: self._stop(None))
+        self._on(signal.SIGHUP, self._replace)
+        self._on(signal.SIGCHLD, self._reap)
+        if not os.environ.get("NOTIFY_SOCKET"):
+            self._standby.start()
+        self._worker.start()
+        self._loop.watch(self._plane.fileno(), self._plane.serve)
+        self._loop.every(_TICK, self._tick)
+        self._loop.every(_SWEEP, self._plane.sweep)
+        systemd.notify("READY=1", f"STATUS=plane {self._plane.name}", f"MAINPID={os.getpid()}")
+        _logger.info("supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name)
+        gc.collect()
+        gc.freeze()
+        self._loop.run()
+
+    def _on(self, number: signal.Signals, handler: Callable[[], None]) -> None:
+        signal.signal(number, lambda _number, _frame: self._loop.call(handler))
+
+    def _inherit(self) -> None:
+        """Go on with what a dead supervisor had read."""
+        entries = list(self._journal.entries())
+        self._plane.inherit(entries, self._journal.highest)
+        for entry in entries:
+            self._requests.add(entry.key, entry.pack, entry.offset, entry.length)
+        paths = {entry.pack: self._data_file(entry.pack) for entry in entries}
+        found = [path for path in paths.values() if path is not None]
+        for request in self._requests:
+            if paths[request.pack] is None:
+                self._answer(request.key, f"pack {request.pack}: not in the cache")
+        if found:
+            self._plane.prove(found, self._proved)
+
+    def _proved(self, error: ErofsgenError | None) -> None:
+        for request in self._requests:
+            if error is not None:
+                self._answer(request.key, str(error))
+            else:
+                self._worker.fill(request)
+
+    def _data_file(self, pack: str) -> Path | None:
+        files = Layout(self.root).find(pack)
+        return None if files is None else files.data
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                if self._worker.died(pid, status):
+                    for token in list(self._wanted):
+                        self._left(token)
+                elif self._standby.died(pid):
+                    self._standby.start()
+
+    def _tick(self) -> None:
+        for request in self._requests.expired():
+            self._answer(request.key, _late(request))
+
+    def _replace(self) -> None:
+        """Become the program that is installed now, with everything that is held."""
+        self._worker.kill()
+        self._standby.dismiss()
+        become(self._holds, self._arguments)
+
+    def _stop(self, connection: Connection | None) -> None:
+        """Detach lazy mounts, make what is still in use fail, and end."""
+        if connection is not None:
+            self._stop_asked.append(connection)
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        systemd.notify("STOPPING=1")
+        mounts = _lazy_mounts(self.root)
+        for mount in mounts:
+            _detach(mount)
+        self._worker.kill()
+        for request in self._requests:
+            self._answer(request.key, "the daemon is stopping")
+        self._plane.close_for_good(Layout(self.root).data_files(), self._stopped)
+
+    def _stopped(self, cut_off: list[Path]) -> None:
+        for path in cut_off:
+            _logger.warning("%s: in use and incomplete: cut off, reads of it fail from now on", path)
+        for name in self._holds:
+            systemd.drop(name)
+        self._standby.dismiss()
+        for connection in self._stop_asked:
+            connection.reply({"cut_off": len(cut_off)})
+        with suppress(OSError):
+            (self.root / control.SOCKET).unlink()
+        self._loop.stop()
+
+    # --- the plane's side --------------------------------------------------------------------------------------------
+
+    def saw(self, key: int) -> None:
+        """See :class:`fanotify_daemon.plane.Supervisor`; so are the following."""
+        self._journal.saw(key)
+
+    def missing(self, key: int, pack: str, offset: int, length: int) -> None:
+        request = self._requests.add(key, pack, offset, length)
+        if self._requests.is_stale(pack, offset, length):
+            self._answer(key, _late(request))
+        self._worker.fill(request)
+
+    def ahead(self, pack: str, offset: int, length: int) -> None:
+        self._worker.ahead(pack, offset, length)
+
+    def forget(self, pack: str) -> None:
+        self._worker.forget(pack)
+
+    def call(self, call: Callable[[], None]) -> None:
+        self._loop.call(call)
+
+    # --- the worker's side -------------------------------------------------------------------------------------------
+
+    def _descriptor_of(self, pack: str) -> int:
+        found = self._plane.pack(pack)
+        return -1 if found is None else int(found.descriptor)
+
+    def _from_worker(self, message: Message) -> None:
+        match message["do"]:
+            case "done":
+                self._answer(message["key"], message.get("error"))
+            case "complete":
+                self._plane.completed(message["pack"])
+            case "want":
+                self._want(message["token"], [Path(path) for path in message["packs"]])
+            case "leave":
+                self._left(message["token"])
+
+    def _want(self, token: str, packs: list[Path]) -> None:
+        """The worker wants to write to packs, whether they are mounted or not: it may through our descriptors only."""
+
+        def done(error: ErofsgenError | None) -> None:
+            for path in packs:
+                self._worker.introduce(path.stem)
+            self._worker.tell({"do": "wanted", "token": token, "error": None if error is None else str(error)})
+
+        self._wanted.add(token)
+        self._plane.arm(token, packs, done)
+
+    def _left(self, token: str) -> None:
+        self._wanted.discard(token)
+        self._plane.made(token)
+
+    def _answer(self, key: int, error: str | None) -> None:
+        """The kernel is told, once."""
+        request = self._requests.get(key)
+        if request is None:
+            return
+        self._plane.answer(key, failed=error is not None)
+        self._requests.answered(key)
+        if error is not None:
+            self._denied += 1
+            self._errors.append({"at": time.time(), "error": error})
+            _logger.error("read failed: %s", error)
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def _command(self, connection: Connection, command: dict[str, Any]) -> None:
+        match command["do"]:
+            case "hello":
+                connection.reply({"version": __version__, "pid": os.getpid(), "plane": self._plane.name})
+            case "arm":
+                self._arm(connection, str(command["mount"]), [Path(path) for path in command["packs"]])
+            case "made":
+                connection.closed = lambda: None
+                self._plane.made(str(command["mount"]))
+                connection.reply({})
+            case "unmounted":
+                for seconds in _SOON:
+                    self._loop.after(seconds, self._plane.sweep)
+                connection.reply({})
+            case "status":
+                connection.reply(self._status())
+            case "stop":
+                self._stop_command(connection, force=bool(command.get("force")))
+            case "worker":
+                descriptor = self._control.take(connection)
+                self._worker.client({"command": command["command"]}, descriptor)
+            case unknown:
+                raise UsageError(f"unknown command {unknown!r}", hint="is the daemon of another version?")
+
+    def _arm(self, connection: Connection, mount: str, packs: list[Path]) -> None:
+        connection.closed = lambda: self._plane.made(mount)  # it died before it could say so
+
+        def done(error: ErofsgenError | None) -> None:
+            if error is None:
+                connection.reply({})
+            else:
+                connection.closed = lambda: None
+                self._plane.made(mount)
+                connection.fail(error)
+
+        self._plane.arm(mount, packs, done)
+
+    def _stop_command(self, connection: Connection, *, force: bool) -> None:
+        mounted = [mount["target"] for mount in _lazy_mounts(self.root)]
+        if mounted and not force:
+            more = f" and {len(mounted) - 1} more" if len(mounted) > 1 else ""
+            raise BusyError(
+                f"{mounted[0]}{more}: mounted lazily", hint="unmount first; --force makes reads of what is missing fail"
+            )
+        self._stop(connection)
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": self._started,
+            "plane": self._plane.name,
+            "standby": self._standby.pid,
+            "worker": self._worker.pid,
+            "worker_restarts": self._worker.restarts,
+            "waiting": len(self._requests),
+            "denied": self._denied,
+            "errors": list(self._errors),
+            **self._plane.facts(),
+        }
+
+
+def _late(request: Request) -> str:
+    return f"pack {request.pack}: bytes {request.offset}+{request.length}: not here in time"
+
+
+def _lazy_mounts(root: Path) -> list[dict[str, Any]]:
+    """The states of this boot's mounts that need a daemon, see :mod:`erofsgen.host.mount.state`."""
+    found = []
+    boot = linux.boot_id()
+    for path in (root / "mounts").glob("*.json"):
+        with suppress(OSError, ValueError):
+            state = json.loads(path.read_bytes())
+            if state["plane"] != "eager" and state["boot_id"] == boot:
+                found.append(state)
+    targets = {point.id: point for point in linux.mount_points()}
+    here = os.stat("/proc/self/ns/mnt").st_ino
+    return [
+        state
+        for state in found
+        if state["namespace"] != here
+        or ((point := targets.get(state["mount_id"])) is not None and point.device == state["device"])
+    ]
+
+
+def _detach(mount: dict[str, Any]) -> None:
+    for point in linux.mount_points():
+        if point.id == mount["mount_id"] and point.device == mount["device"]:
+            with suppress(OSError):
+                linux.umount(point.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+
+def _lock(root: Path, name: str, *, wait: bool = False) -> int:
+    try:
+        descriptor = os.open(root / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{root / name}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BusyError(f"{root}: a daemon is running", hint="see `erofsgen status`") from None
+    return descriptor
+
+
+def _raise_limit() -> int:
+    """Allow as many descriptors as may be; returns how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (_DESCRIPTORS, hard):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
+            return wanted
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Be the supervisor of ``options.root`` until told to stop. ``arguments`` start another like this."""
+    root = Path(os.path.realpath(options.root))
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    module = importlib.import_module(f"{options.plane}_daemon.plane")
+    slots = _raise_limit()
+    held = dict(pair.split("=") for pair in options.inherit.split(",") if pair) if options.inherit else systemd.kept()
+    holds = {name: int(number) for name, number in held.items()}
+    for descriptor in holds.values():
+        os.set_inheritable(descriptor, False)
+    if "lock" not in holds:
+        holds["lock"] = _lock(root, "lock.daemon")
+    if "fill" not in holds:
+        holds["fill"] = _lock(root, "lock.fill", wait=True)
+    fresh = "group" not in holds
+    plane = module.Plane(holds.get("group"), read_ahead=options.read_ahead)
+    holds["group"] = plane.fileno()
+    journal = Journal(holds["journal"]) if "journal" in holds else Journal.create(slots)
+    holds["journal"] = journal.fileno()
+    if fresh:
+        for path in module.abandoned(Layout(root).data_files()):
+            _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
+    listening = socket.socket(fileno=holds["listen"]) if "listen" in holds else control.listen(root)
+    holds["listen"] = listening.fileno()
+    for name in ("group", "journal", "lock", "fill", "listen"):
+        systemd.keep(name, holds[name])
+    Supervisor(root, plane, journal, listening, holds, arguments, options).run()
+
+
+def main() -> None:
+    """``python -m erofsgen.host.daemon.supervisor``; ``erofsgen daemon`` starts it."""
+    parser = argparse.ArgumentParser(prog="erofsgen daemon")
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--plane", default="fanotify")
+    parser.add_argument("--deadline", type=float, default=30.0)
+    parser.add_argument("--read-ahead", type=int, default=32 << 20)
+    parser.add_argument("--inherit", default="")
+    parser.add_argument("--worker", action="append", default=[])
+    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    if "--inherit" in arguments:
+        at = arguments.index("--inherit")
+        del arguments[at : at + 2]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    try:
+        serve(options, arguments)
+    except ErofsgenError as error:
+        sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The worker: brings what the supervisor asks for. It may be killed at any moment, and started again.
+
+::
+
+    supervisor ── pack fds, ranges ──► main thread ──► fill engine ──► data files, maps
+               ◄── done, complete ───┘     │
+    command  ◄── facts, progress ──────── a thread each (:mod:`.tasks`)
+                                        housekeeping thread (:mod:`.housekeeping`)
+
+It owns nothing that is not on disk or told to it again: packs are opened when they are first asked for, with the
+descriptor that the supervisor hands over, because writing through another would make this process wait for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError, StorageError
+from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.packfile import PackFile
+from erofsgen.host.daemon.channel import Channel, Message
+from erofsgen.host.daemon.housekeeping import Housekeeping
+from erofsgen.host.daemon.tasks import Tasks
+from erofsgen.host.fill.engine import Engine, Priority
+from erofsgen.host.fill.sources import describe
+from erofsgen.store.manifest import Pack
+from erofsgen.store.open import open_store
+
+_logger: Final = logging.getLogger(__name__)
+
+_PATIENCE: Final = 60.0
+"""Seconds to wait for the supervisor's marks."""
+
+_RECOVERERS: Final = 2
+"""Threads that compare bytes of an earlier boot with their digests."""
+
+
+class Worker:
+    """Fills packs of ``cache`` on behalf of the supervisor at the other end of ``channel``."""
+
+    def __init__(self, cache: HostCache, channel: Channel, options: argparse.Namespace) -> None:
+        self.cache = cache
+        self.engine = Engine([], threads=options.threads, memory=options.memory)
+        self._channel = channel
+        self._descriptors: dict[str, int] = {}
+        self._packs: dict[str, PackFile] = {}
+        self._known: dict[str, Pack] = {}
+        self._lock = threading.Lock()  # over the three above
+        self._wanted: dict[str, Future[str | None]] = {}
+        self._recover = ThreadPoolExecutor(_RECOVERERS, "recover")
+        self._housekeeping = Housekeeping(self, complete_at=options.complete_at)
+        self._tasks = Tasks(self)
+
+    def run(self) -> None:
+        """Until the supervisor goes."""
+        self._housekeeping.start()
+        while (received := self._channel.receive()) is not None:
+            message, descriptors = received
+            try:
+                self._handle(message, descriptors)
+            except ErofsgenError as error:
+                _logger.error("%s", error)
+
+    def _handle(self, message: Message, descriptors: list[int]) -> None:
+        match message["do"]:
+            case "pack":
+                self._introduce(message["pack"], descriptors[0])
+            case "fill":
+                key = message["key"]
+                self._bring(message, Priority.DEMAND, message["deadline"], lambda error: self._done(key, error))
+            case "ahead":
+                self._bring(message, Priority.READ_AROUND, None, lambda _: None)
+            case "forget":
+                self._forget(message["pack"])
+            case "wanted":
+                self._wanted[message["token"]].set_result(message["error"])
+            case "client":
+                self._tasks.start(message["command"], socket.socket(fileno=descriptors[0]))
+
+    def tell(self, message: Message) -> None:
+        """Say something to the supervisor, unless it has gone."""
+        with suppress(OSError):
+            self._channel.send(message)
+
+    # --- ranges ------------------------------------------------------------------------------------------------------
+
+    def _bring(
+        self, message: Message, priority: Priority, deadline: float | None, done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Have the engine bring a range; ``done`` is called, from any thread, when it is there or cannot be."""
+        offset, length = message["offset"], message["length"]
+        try:
+            pack = self.pack(message["pack"])
+            suspects = pack.suspects(offset, length)
+        except ErofsgenError as error:
+            done(error)
+            return
+
+        def request() -> None:
+            future = self.engine.request(pack, offset, length, priority=priority, deadline=deadline)
+            future.add_done_callback(lambda ended: done(ended.exception()))
+
+        if suspects:
+            recovered = self._recover.submit(pack.recover, suspects)
+            recovered.add_done_callback(lambda ended: _after(ended, request, done))
+        else:
+            request()
+        self._housekeeping.touched(pack)
+
+    def _done(self, key: int, error: BaseException | None) -> None:
+        self.tell({"do": "done", "key": key, "error": None if error is None else describe(error)})
+
+    # --- packs -------------------------------------------------------------------------------------------------------
+
+    def pack(self, name: str) -> PackFile:
+        """The pack with this SHA-256, opened. Raises NotFoundError, and what :meth:`HostCache.open_pack` does."""
+        with self._lock:
+            opened = self._packs.get(name)
+            if opened is None:
+                opened = self._packs[name] = self.cache.open_pack(
+                    self._find(name), descriptor=self._descriptors.pop(name, None)
+                )
+            return opened
+
+    @contextmanager
+    def wanting(self, names: Sequence[str]) -> Iterator[list[PackFile]]:
+        """Packs to write to, in the order of their SHA-256, whether somebody has mounted them or not."""
+        token = f"worker {secrets.token_hex(8)}"
+        wanted = self._wanted[token] = Future[str | None]()
+        paths = [os.fspath(self.cache.files(name).data) for name in names]
+        self.tell({"do": "want", "token": token, "packs": paths})
+        try:
+            error = wanted.result(_PATIENCE)
+            if error is not None:
+                raise StorageError(error)
+            yield [self.pack(name) for name in names]
+        finally:
+            del self._wanted[token]
+            self.tell({"do": "leave", "token": token})
+
+    def packs(self) -> list[PackFile]:
+        """Those that are open."""
+        with self._lock:
+            return list(self._packs.values())
+
+    def _find(self, name: str) -> Pack:
+        """What a manifest of the cache says of a pack; the stores of its images become sources."""
+        if name not in self._known:
+            for image in self.cache.images():
+                self.add_stores(image)
+                for pack in image.packs:
+                    self._known[pack.hex] = pack
+        if name not in self._known:
+            raise NotFoundError(f"pack {name}: no image of the cache has it", hint="run `erofsgen pull` again")
+        return self._known[name]
+
+    def add_stores(self, image: CachedImage) -> None:
+        """Let the stores that are known to have an image be sources."""
+        for url in image.stores:
+            self.engine.add_source(_Store(url))
+
+    def _introduce(self, name: str, descriptor: int) -> None:
+        with self._lock:
+            opened = self._packs.pop(name, None)  # read only, by a command: it was complete
+            self._descriptors[name] = descriptor
+        if opened is not None:
+            self._close(opened)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            opened = self._packs.pop(name, None)
+            descriptor = self._descriptors.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        if opened is not None:
+            self._close(opened)
+
+    def _close(self, pack: PackFile) -> None:
+        self.engine.forget(pack)
+        pack.close()
+
+
+class _Store:
+    """A store as a source, opened when it is read first, again and again until that succeeds."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url
+        self._read: Callable[[str, int, int], bytes] | None = None
+
+    def read(self, digest: str, offset: int, length: int) -> bytes:
+        if self._read is None:
+            try:
+                self._read = open_store(self.name).read
+            except NotFoundError as error:  # a store that is not there does not lack this blob alone
+                raise RemoteError(str(error), hint=error.hint) from error
+        return self._read(digest, offset, length)
+
+
+def _after(ended: Future[None], call: Callable[[], None], failed: Callable[[BaseException | None], None]) -> None:
+    error = ended.exception()
+    if error is None:
+        call()
+    else:
+        failed(error)
+
+
+def main() -> None:
+    """``python -m erofsgen.host.daemon.worker … CHANNEL``; the supervisor starts it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--memory", type=int, default=48 << 20)
+    parser.add_argument("--complete-at", type=float, default=0.75)
+    parser.add_argument("channel", type=int)
+    options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    try:
+        end = socket.socket(fileno=options.channel)
+        end.set_inheritable(False)
+        Worker(HostCache(options.root), Channel(end), options).run()
+    except ErofsgenError as error:
+        _logger.error("%s", error)
+        sys.exit(error.exit_code)
+    os._exit(0)  # threads may be in the middle of a fetch that nobody wants any more
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Images into the host cache: what a lazy mount needs, or all of them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from erofsgen.errors import BusyError, ErofsgenError, NotFoundError
+from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.part import settle
+from erofsgen.host.daemon.client import Client
+from erofsgen.oci.reference import known_name
+from erofsgen.progress import SILENT, Progress, Task
+from erofsgen.store.image import Image
+from erofsgen.store.open import open_store
+
+
+def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
+    """The image called ``name`` in the store ``url``; as the cache remembers it where the store cannot be reached.
+
+    Raises NotFoundError (neither has it), and what kept the store from answering.
+    """
+    if "://" not in url:
+        url = os.path.abspath(url)  # the daemon has another working directory
+    try:
+        store = open_store(url)
+    except ErofsgenError:
+        try:
+            return cache.image(name, url)
+        except NotFoundError:
+            pass
+        raise
+    return Image.open(store, known_name(name, store.references()))
+
+
+def complete(cache: HostCache, cached: CachedImage, image: Image | None, progress: Progress = SILENT) -> None:
+    """Have all frames of an image in the cache; a running daemon brings them, otherwise this process does.
+
+    ``image``: where it comes from, if that is open already. Raises what :meth:`HostCache.fill` raises.
+    """
+    while not cache.is_complete(cached):
+        client = Client.connect(cache.root)
+        if client is not None:
+            with client, _Shown(progress) as shown:
+                client.worker("complete", shown.show, image=cached.digest)
+            break
+        try:
+            with cache.filling():
+                cache.fill(cached, (image or cached.open()).store, progress)
+        except BusyError:
+            continue  # a daemon was started meanwhile
+    settle([cached.index])
+
+
+class _Shown:
+    """What the daemon says of its progress, as a task of ours."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, tuple[Task, int]] = {}
+        self._open = ExitStack()
+
+    def show(self, facts: dict[str, Any]) -> None:
+        label, done = str(facts["label"]), int(facts["done"])
+        if label not in self._tasks:
+            self._tasks[label] = (self._open.enter_context(self._progress.task(label, facts["total"])), 0)
+        task, before = self._tasks[label]
+        task.advance(done - before)
+        self._tasks[label] = (task, done)
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
