@@ -91,6 +91,10 @@ class Plane:
         """Must come before anything else."""
         self._supervisor = supervisor
 
+    def moved(self) -> None:
+        """This process was forked since the plane was made."""
+        self._self = os.getpid()
+
     def fileno(self) -> int:
         """The group: readable when requests wait, and all there is to hand on."""
         return self._group

@@ -16,6 +16,7 @@ from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, v
 @click.option(
     "--plane",
     type=click.Choice(["auto", "fanotify"]),
+    metavar="PLANE",
     default="auto",
     help="How missing data is noticed; auto takes the first that works here.",
 )

@@ -102,12 +102,6 @@ def test_a_store_somewhere_else(erofsgen):
     assert "not in this version" in erofsgen("--store", "s3://bucket/store", "images", code=8).err
 
 
-def test_lazy_mounts(sample, tmp_path: Path):
-    outcome = sample("mount", "sample:1", tmp_path, code=8)
-    assert "lazy mounts are not in this version" in outcome.err
-    assert "--eager" in outcome.err
-
-
 def test_no_such_image(sample):
     for arguments in (
         ["inspect", "x"],

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from erofsgen.errors import ErofsgenError, StorageError
+from erofsgen.errors import BusyError, ErofsgenError, StorageError
 from erofsgen.host.daemon import control
 
 LOG: Final = "daemon.log"
@@ -52,6 +50,12 @@ class Client:
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401  (what JSON has)
         """Have the supervisor do something; the facts it replies with. Raises the error it replies with."""
         return self._call({"do": do, **arguments}, None)
+
+    def stop(self, *, force: bool = False) -> None:
+        """Have the daemon end, and wait until it has. Raises BusyError where lazy mounts need it, unless ``force``."""
+        self.call("stop", force=force)
+        while self._lines.readline():
+            pass
 
     def worker(self, do: str, progress: Progress | None = None, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401
         """Have the worker do something. The connection is of no use afterwards."""
@@ -97,36 +101,24 @@ def start(root: Path, options: Iterable[str] = ()) -> None:
         if os.fstat(log).st_size > _LOG_LIMIT:
             os.ftruncate(log, 0)
         begin = os.fstat(log).st_size
-        process = subprocess.Popen(
-            [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(root), *options],
+        # it returns when the daemon, by then nobody's child, takes commands
+        code = subprocess.run(
+            [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(root), "--detach", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             cwd="/",
-            start_new_session=True,
-        )
+            timeout=_START,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise StorageError(f"{root}: the daemon did not start within {_START:g} s", hint=f"see {path}") from None
     finally:
         os.close(log)
-    until = time.monotonic() + _START
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        while time.monotonic() < until:
-            if select.select([pidfd], [], [], 0.01)[0]:
-                if process.wait() and (client := Client.connect(root)) is None:
-                    raise _reason(path, begin, process.returncode)
-                if client is not None:  # another command has started one in the same moment
-                    client.close()
-                return
-            client = Client.connect(root)
-            if client is not None:
-                client.close()
-                process.returncode = 0  # it is nobody's child to wait for; keeps Popen from warning
-                return
-    finally:
-        os.close(pidfd)
-    process.kill()
-    process.wait()
-    raise StorageError(f"{root}: the daemon did not answer within {_START:g} s", hint=f"see {path}")
+    if code == BusyError.exit_code and (client := Client.connect(root)) is not None:
+        client.close()  # another command has started one in the same moment
+    elif code:
+        raise _reason(path, begin, code)
 
 
 def _reason(log: Path, begin: int, code: int) -> ErofsgenError:

@@ -412,6 +412,11 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     holds["listen"] = listening.fileno()
     for name in ("group", "journal", "lock", "fill", "listen"):
         systemd.keep(name, holds[name])
+    if options.detach:
+        if os.fork():
+            os._exit(0)  # whoever waits for this knows that commands are taken
+        os.setsid()
+        plane.moved()
     Supervisor(root, plane, journal, listening, holds, arguments, options).run()
 
 
@@ -423,9 +428,12 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--read-ahead", type=int, default=32 << 20)
     parser.add_argument("--inherit", default="")
+    parser.add_argument("--detach", action="store_true")
     parser.add_argument("--worker", action="append", default=[])
     options = parser.parse_args()
     arguments = sys.argv[1:]
+    if "--detach" in arguments:
+        arguments.remove("--detach")
     if "--inherit" in arguments:
         at = arguments.index("--inherit")
         del arguments[at : at + 2]

@@ -1,0 +1,97 @@
+"""A root with a daemon of its own, for the tests of lazy mounts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from erofsgen.errors import BusyError
+from erofsgen.host.daemon import client
+from erofsgen.host.daemon.client import Client
+from erofsgen.host.mount.mounts import mount
+
+WAIT = 20.0
+"""Seconds that no test waits for anything that works."""
+
+
+class Host:
+    """Below ``root``: mounts, and the daemon, which :meth:`end` takes away whatever state it is in."""
+
+    def __init__(self, root: Path, **options: float) -> None:
+        self.root = root
+        self.options = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+    def start(self, *more: str) -> None:
+        client.start(self.root, [*self.options, *more])
+
+    def call(self, do: str, **arguments: Any) -> dict[str, Any]:
+        connection = Client.connect(self.root)
+        assert connection is not None
+        with connection:
+            return connection.call(do, **arguments)
+
+    def status(self) -> dict[str, Any]:
+        """Also while one supervisor takes the place of another."""
+        for _ in range(100):
+            try:
+                return self.call("status")
+            except BusyError:
+                time.sleep(0.05)
+        return self.call("status")
+
+    def engine(self) -> dict[str, Any]:
+        connection = Client.connect(self.root)
+        assert connection is not None
+        with connection:
+            return connection.worker("status")["engine"]
+
+    def mount(self, image: Any, target: Path, **more: Any) -> Any:
+        target.mkdir(exist_ok=True)
+        return mount(image, target, root=self.root, plane="fanotify", **more)
+
+    def kill(self, *names: str) -> None:
+        """SIGKILL processes of the daemon at one go, by their numbers: supervisor is ``pid``, then standby, worker."""
+        status = self.status()
+        for name in names:
+            os.kill(status[name], signal.SIGKILL)
+
+    def log(self) -> str:
+        path = self.root / client.LOG
+        return path.read_text() if path.exists() else ""
+
+    def end(self) -> None:
+        """Stop the daemon; where it does not answer, end its processes by their numbers."""
+        subprocess.run(["sync", "-f", str(self.root)], check=False)
+        try:
+            connection = Client.connect(self.root)
+            if connection is not None:
+                with connection:
+                    connection.stop(force=True)
+        finally:
+            for pid in processes(self.root):
+                os.kill(pid, signal.SIGKILL)
+
+
+def processes(root: Path) -> list[int]:
+    """Supervisors, standbys and workers of a root."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(b"host.daemon." in word for word in arguments) and os.fsencode(root) in arguments:
+            found.append(int(name))
+    return found
+
+
+def eventually(condition: Callable[[], object], within: float = WAIT) -> None:
+    until = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
