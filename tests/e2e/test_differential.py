@@ -8,11 +8,16 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from samples import snapshot
 from servers import docker_registry
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "host"))
+
+from lazykit import Host
 
 from erofsgen.build.pipeline import build_image
 from erofsgen.host.mount.mounts import mount, unmount
@@ -172,3 +177,33 @@ def test_dump_agrees_on_the_superblock(built, expected, tmp_path, erofs_utils):
         fields = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
         assert int(fields["Filesystem inode count"]) == inodes
         assert {"sb_csum", "chunked_file", "device_table"} <= set(fields["Filesystem features"].split())
+
+
+def test_a_lazy_mount_is_the_same_and_brings_what_is_used(built, expected, tmp_path, mount_point):
+    """From an empty cache: an import out of the mount, then every byte of the tree."""
+    host = Host(tmp_path / "host")
+    try:
+        image = Image.open(built, "demo")
+        host.mount(image, mount_point)
+        program = "import numpy, scipy; print(numpy.sum(numpy.arange(5)))"
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(
+            ["chroot", mount_point, "/usr/bin/python3", "-c", program],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+        )
+        assert (result.stdout, result.stderr) == ("10\n", "")
+        engine = host.engine()
+        size = sum(pack.device_size for pack in image.packs)
+        print(
+            f"\nimport of numpy and scipy: {engine['bytes_written'] / 1e6:.1f} of {size / 1e6:.1f} MB of the image,",
+            f"{engine['bytes_fetched'] / 1e6:.1f} MB fetched",
+        )
+        assert engine["bytes_written"] < size / 2
+        assert_same(facts(mount_point), expected)
+        assert host.status()["denied"] == 0
+        unmount(mount_point, root=host.root)
+    finally:
+        host.end()
