@@ -338,6 +338,7 @@ class Plane:
         """
         self._closing = True
         packs = list(self._packs.values())
+        self._packs.clear()
         for pack in packs:
             pack.close()
         data = {*paths, *(pack.data for pack in packs)}

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import click
 
-from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, verb
+from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, plane_options, verb
 
 
 @verb(json=True)
 @image_argument()
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--eager", is_flag=True, help="Put all of the image's data on this host first.")
-@click.option(
-    "--plane",
-    type=click.Choice(["auto", "fanotify"]),
-    metavar="PLANE",
-    default="auto",
-    help="How missing data is noticed; auto takes the first that works here.",
-)
+@plane_options
 @click.option("--rw", is_flag=True, help="Writable: an overlay whose changes go to an upper directory.")
 @click.option("--upper", type=click.Path(path_type=Path), metavar="DIR", help="Where the changes go; implies --rw.")
 @click.option("--read-ahead", type=Size(), metavar="SIZE", help="What EROFS reads ahead in a lazy mount.  [1M]")

@@ -140,13 +140,16 @@ def split(options: str) -> Iterator[str]:
 
 
 def _mount(request: Request) -> None:
-    from erofsgen.host.mount.mounts import mount, unmount
+    from erofsgen.host.mount.mounts import choose, mount, unmount
+    from erofsgen.host.pull import find
 
-    if request.plane not in ("auto", "eager"):
-        raise UnsupportedError(f"plane {request.plane} is not in this version", hint="use plane=auto or eager")
-    image = request.settings.open_image(request.image)
+    if request.plane not in ("auto", "eager", "fanotify"):
+        raise UnsupportedError(
+            f"plane {request.plane} is not in this version", hint="use plane=auto, plane=fanotify or eager"
+        )
+    image = find(request.settings.cache(), request.settings.store, request.image)
     root = request.settings.root
-    info = mount(image, request.target, root=root, rw=request.rw, upper=request.upper)
+    info = mount(image, request.target, root=root, plane=choose(request.plane), rw=request.rw, upper=request.upper)
     if request.attributes:
         try:
             _restrict(info.target, info.mount_id, request.attributes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from erofsgen.cli.shared import Settings, image_argument, verb
+from erofsgen.cli.shared import Settings, image_argument, plane_options, verb
 from erofsgen.errors import UsageError
 
 
@@ -37,6 +37,7 @@ from erofsgen.errors import UsageError
 @click.option(
     "--runtime", default="auto", metavar="auto|runc|crun|PATH", help="OCI runtime; auto is the first that works here."
 )
+@plane_options
 @click.option("-t", "--tty", is_flag=True, help="Give the container a terminal.")
 @click.option("-i", "--interactive", is_flag=True, help="Give it standard input; otherwise it reads nothing.")
 @click.option("--rm", is_flag=True, help="Remove the container when it has ended. It is always so.")
@@ -56,12 +57,15 @@ def command(
     upper: Path | None,
     name: str | None,
     runtime: str,
+    eager: bool,
+    plane: str,
     tty: bool,
     interactive: bool,
     rm: bool,  # noqa: ARG001  (accepted, as podman's users type it)
 ) -> int:
     """Run a container from an image.
 
+    Its files are there at once, their data arrives as it is read.
     Options stand before IMAGE; what follows it is the command, which replaces the image's Cmd. The container ends with
     its command and is removed; changes to its files are thrown away without --upper. Signals go to the container. The
     exit code is the command's, 128 + N where signal N ended it. No seccomp profile is applied.
@@ -74,8 +78,10 @@ def command(
         raise UsageError("--rw and --read-only contradict each other")
     from erofsgen.host.container.bundle import Options, Volume
     from erofsgen.host.container.run import run
+    from erofsgen.host.mount.mounts import choose
+    from erofsgen.host.pull import find
 
-    opened = settings.open_image(image)
+    found = find(settings.cache(), settings.store, image)
     options = Options(
         command=cmd[1:] if cmd[:1] == ("--",) else cmd,
         entrypoint=None if entrypoint is None else _entrypoint(entrypoint),
@@ -89,9 +95,10 @@ def command(
         terminal=tty,
     )
     return run(
-        opened,
+        found,
         options,
         root=settings.root,
+        plane="eager" if eager else choose(plane),
         name=name,
         upper=upper,
         runtime=runtime,

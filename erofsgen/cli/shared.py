@@ -167,6 +167,19 @@ def image_argument(name: str = "image", **attributes: Any) -> Callable[[F], F]: 
     return click.argument(name, shell_complete=complete_image, **attributes)
 
 
+def plane_options(function: F) -> F:
+    """The options that say how an image's data comes to this host."""
+    for option in (
+        click.option(
+            "--plane", type=click.Choice(["auto", "fanotify"]), metavar="PLANE", default="auto",
+            help="How missing data is noticed; auto takes the first that works here.",
+        ),
+        click.option("--eager", is_flag=True, help="Put all of the image's data on this host first."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def cache_options(function: F) -> F:
     """The options that say where the cache is and how large it may grow; what is given is recorded."""
     for option in (

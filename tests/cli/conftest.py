@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import imagemaker
 import pytest
 import samples
+from lazykit import Host
 
 from erofsgen.cli.main import run
 
@@ -71,6 +73,13 @@ class Erofsgen:
         return subprocess.Popen([PROGRAM, *self.options, *arguments], **options)
 
 
+@pytest.fixture(autouse=True)
+def no_daemon_left(tmp_path: Path) -> Iterator[None]:
+    """Ends the daemon that a test's commands have started."""
+    yield
+    Host(tmp_path / "host").end()
+
+
 @pytest.fixture
 def erofsgen(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Erofsgen:
     """The program with a store of its own, empty yet."""
@@ -110,12 +119,13 @@ def own_sample(sample_store: Path, tmp_path: Path, capfdbinary: pytest.CaptureFi
 @pytest.fixture(scope="session")
 def demo_places(
     demo_image: imagemaker.Image, require_root: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path]:
+) -> Iterator[tuple[Path, Path]]:
     """A store with ``demo``, the demo image, and a root whose host cache is filled once."""
     place = tmp_path_factory.mktemp("demo")
     command = [PROGRAM, "--store", place / "store", "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return place / "store", place / "host"
+    yield place / "store", place / "host"
+    Host(place / "host").end()
 
 
 @pytest.fixture

@@ -8,16 +8,12 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from lazykit import Host
 from samples import snapshot
 from servers import docker_registry
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "host"))
-
-from lazykit import Host
 
 from erofsgen.build.pipeline import build_image
 from erofsgen.host.mount.mounts import mount, unmount

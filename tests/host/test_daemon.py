@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from fillkit import make_pack
 from handmade import CHUNK, ImageMaker, chunks_of, contents
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazykit import WAIT, Host, eventually, processes
 
@@ -132,6 +132,7 @@ def test_a_stream_goes_on_in_the_following_pack() -> None:
 # --- formats ---------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
 def test_frames_begin_where_the_toc_says(sizes: list[int]) -> None:
 

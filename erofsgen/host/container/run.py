@@ -28,10 +28,12 @@ from typing import Final
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, UsageError
 from erofsgen.host import linux
+from erofsgen.host.cache.cache import CachedImage
 from erofsgen.host.cache.part import storage
 from erofsgen.host.container.bundle import Options, write_bundle
 from erofsgen.host.container.runtime import Container, find_runtimes
 from erofsgen.host.mount.mounts import mount, unmount
+from erofsgen.host.mount.state import Plane
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
 
@@ -40,10 +42,11 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(
-    image: Image,
+    image: Image | CachedImage,
     options: Options,
     *,
     root: Path,
+    plane: Plane = "eager",
     name: str | None = None,
     upper: Path | None = None,
     runtime: str = "auto",
@@ -51,6 +54,8 @@ def run(
     progress: AbstractContextManager[Progress] | None = None,
 ) -> int:
     """Run a container until its command ends; returns its exit code, 128 + N where signal N ended it.
+
+    ``plane``: how what is not on this host yet comes, see :func:`~erofsgen.host.mount.mounts.mount`.
 
     ``name`` is the container's id and by default its host name, random if not given. Changes are thrown away, or kept
     in ``upper``. ``runtime``: ``auto`` is the first that can create the container; otherwise a name or a path. Must be
@@ -72,7 +77,7 @@ def run(
             with storage(place):
                 rootfs.mkdir()
             with progress or nullcontext(SILENT) as shown:  # over when the container has the terminal
-                mount(image, rootfs, root=root, rw=True, upper=upper, progress=shown)
+                mount(image, rootfs, root=root, plane=plane, rw=True, upper=upper, progress=shown)
             with storage(place):
                 write_bundle(place, rootfs, image.config, options, identity=identity)
             return container.execute(runtimes, terminal=options.terminal, interactive=interactive)

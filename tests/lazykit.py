@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +65,13 @@ class Host:
 
     def end(self) -> None:
         """Stop the daemon; where it does not answer, end its processes by their numbers."""
-        subprocess.run(["sync", "-f", str(self.root)], check=False)
         try:
             connection = Client.connect(self.root)
             if connection is not None:
                 with connection:
                     connection.stop(force=True)
+        except BusyError as error:
+            raise AssertionError(self.log()) from error  # it says why
         finally:
             for pid in processes(self.root):
                 os.kill(pid, signal.SIGKILL)
