@@ -9,6 +9,7 @@ goes to standard error, which is the container's, too.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,7 @@ class Container:
             signals.go_to(first.descriptor)
             if console is not None:
                 console.relay(first.descriptor, interactive=interactive)
+            signals.wait(first.descriptor)
             return first.wait()
 
     def delete(self) -> None:
@@ -162,6 +164,15 @@ class _Signals:
         while self._early:
             self._handle(self._early.pop(0))
 
+    def wait(self, process: int) -> None:
+        """Until the process behind a pidfd has ended; signals are passed on meanwhile.
+
+        Not in waitpid(2): a signal that comes right before it is not handled until it returns.
+        """
+        while process not in select.select([process, self._woken], [], [])[0]:
+            with suppress(BlockingIOError):
+                os.read(self._woken, 4096)
+
     def _handle(self, number: int, frame: FrameType | None = None) -> None:  # noqa: ARG002  (a signal handler's)
         if self._process is not None:
             with suppress(ProcessLookupError):
@@ -172,11 +183,16 @@ class _Signals:
             raise SystemExit(128 + number)
 
     def __enter__(self) -> Self:
+        self._woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._handle) for number in _FORWARDED}
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._wake)
+        os.close(self._woken)
         if self._early:
             raise SystemExit(128 + self._early[0])
