@@ -229,9 +229,9 @@ def test_an_interrupted_mount_leaves_nothing(demo):
         process = demo.process("run", "demo", "sleep", "1")
         time.sleep(delay)
         process.terminate()
-        process.communicate(timeout=20)
-        assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
-        assert left_of(demo) == ([], [], [])
+        _, err = process.communicate(timeout=20)
+        assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM), err
+        assert left_of(demo) == ([], [], []), err
 
 
 def test_two_at_once(demo):
