@@ -108,15 +108,16 @@ class Series:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that has to be at most ``target``."""
+    """A figure that has to be at most ``target``, or ``at_least`` that."""
 
     goal: str
     value: float
     target: float
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        return self.value <= self.target
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
     def json(self) -> str:
         value = float(f"{self.value:.4g}")
@@ -133,7 +134,8 @@ def print_goals(goals: Iterable[Goal], *, as_json: bool) -> None:
     for column in table.columns[1:3]:
         column.justify = "right"
     for goal in goals:
-        table.add_row(goal.goal, f"{goal.value:.4g}", f"≤ {goal.target:g}", "[green]yes" if goal.met else "[red]no")
+        target = f"{'≥' if goal.at_least else '≤'} {goal.target:g}"
+        table.add_row(goal.goal, f"{goal.value:.4g}", target, "[green]yes" if goal.met else "[red]no")
     Console().print(table)
 
 
@@ -151,6 +153,30 @@ def print_series(title: str, rows: dict[str, Series], *, as_json: bool) -> None:
             f"{series.cpu:.2f}",
             f"{series.peak / 2**20:.0f}",
         )
+    Console(stderr=as_json).print(table)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The same thing measured several times, in ``unit``."""
+
+    what: str
+    values: Sequence[float]
+    unit: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+def print_figures(title: str, figures: Iterable[Figure], *, as_json: bool) -> None:
+    """The figures behind the goals; on standard error with ``--json``."""
+    table = Table("what", "rounds", "median", "min - max", "unit", title=title)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for figure in figures:
+        spread = f"{min(figure.values):.4g} - {max(figure.values):.4g}"
+        table.add_row(figure.what, str(len(figure.values)), f"{figure.median:.4g}", spread, figure.unit)
     Console(stderr=as_json).print(table)
 
 

@@ -250,7 +250,7 @@ class Plane:
 
     def _release(self, pack: MarkedPack) -> None:
         """Take the mark off a pack that is complete or that nothing uses, and forget it."""
-        if pack.making or pack.inode in self._probing:
+        if self._closing or pack.making or pack.inode in self._probing:
             return
         if not pack.complete and not (pack.descriptor >= 0 and linux.sole_user(pack.descriptor)):
             return

@@ -64,3 +64,8 @@ def test_series_takes_medians_and_the_highest_peak(measure):
     runs = [measure.Run(seconds=s, cpu=s, peak=p, output="") for s, p in ((1.0, 5), (9.0, 7), (2.0, 6))]
     series = measure.Series(runs)
     assert (series.seconds, series.peak, series.spread) == (2.0, 7, "1.00 - 9.00")
+
+
+def test_a_goal_at_least_is_met_from_its_target(measure):
+    assert measure.Goal("g", 0.95, 0.95, at_least=True).met
+    assert not measure.Goal("g", 0.949, 0.95, at_least=True).met

@@ -14,6 +14,7 @@ from handmade import CHUNK, chunks_of, contents
 from erofsgen.errors import IntegrityError, NotFoundError, RemoteError, StorageError
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.cache.evict import evict
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import open_pack
 
@@ -63,6 +64,15 @@ def test_materialise(sample, tmp_path):
     assert leftovers(cache.root) == []
     assert progress.totals == [progress.done] == [sum(pack.device_size for pack in sample.image.packs)]
     assert all(path.stat().st_mode & 0o077 == 0 for path in (cache.root, index, *devices))
+
+
+def test_frames_used_in_the_same_instant_are_evicted(sample, tmp_path):
+    cache = HostCache(tmp_path / "root")
+    _, devices = cache.materialise(sample.image)
+    total = sum(pack.device_size for pack in sample.image.packs)
+    assert evict(cache.layout.data_files(), 2 * total) == total
+    assert not any(any(path.read_bytes()) for path in devices)
+    check_complete(sample.image, *cache.materialise(sample.image))
 
 
 def test_what_is_there_is_not_read_again(sample, tmp_path, monkeypatch):
@@ -291,6 +301,7 @@ MATERIALISE = """
 import sys, threading, time
 from pathlib import Path
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.cache.evict import evict
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 

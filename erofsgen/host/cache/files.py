@@ -37,7 +37,7 @@ class CacheConfig:
     """Manifest digests."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class PackFiles:
     """A pack's three files."""
 

@@ -1,0 +1,395 @@
+"""What lazy mounts cost, on the fanotify plane with its daemon, against plain file-backed EROFS of the same bytes.
+
+==  ====================================================================================================================
+a   from a mount request, with the index local, to the first stat(2) inside; the whole command
+b   reads from the page cache
+c   reads of local data with the page cache dropped, with the packs under a mark and without
+d   walking an image and lstat(2) of all that is in it
+e   filling from a local store as fast as a reader goes, against the parts of that work measured alone
+f   memory of the daemon while data streams through it
+g   many mounts of one image: time and memory of each
+h   what read-ahead is worth in a lazy mount
+==  ====================================================================================================================
+
+Both sides of a comparison take turns, in changing order; a ratio is the median of the rounds' ratios. The plain side is
+mounted with the same read-ahead. ``--only a,c`` chooses parts; ``--quick`` checks on small data that everything works:
+its figures say nothing. Needs root, and a kernel with FAN_PRE_ACCESS. Leaves nothing behind, whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import hostkit
+import images
+from hostkit import EROFSGEN, FIRST, LARGE, MIB, NEVER_COMPLETE, Host, MemorySampler, Plain, alternate, paired, timed
+from measure import REPOSITORY, Figure, Goal, machine, print_figures, print_goals, run
+
+from erofsgen.host.mount.mounts import READ_AHEAD
+from erofsgen.store.directory import DirectoryStore
+from erofsgen.store.image import Image
+
+PEERS = ("erofsfuse", "mount.erofs")
+READ_AHEADS = (128, 512, 1024, 4096, 32768)
+
+
+class Bench:
+    """Images in one store below ``work``, and what was measured so far, by part."""
+
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        self.work = work
+        self.rounds: int = options.rounds
+        self.quick: bool = options.quick
+        self.size = 64 if self.quick else 1024  # MiB of the large files
+        self.image = "demo" if self.quick else str(options.image)
+        self.store = DirectoryStore(work / "store")
+        self.figures: dict[str, list[Figure]] = {}
+        self.goals: list[Goal] = []
+        self._part = ""
+        self._built: set[str] = set()
+        self._places = count()
+
+    def measure(self, part: str, work: Callable[[Bench], None]) -> None:
+        print(f"bench: {part}: {(work.__doc__ or '').splitlines()[0]}", file=sys.stderr, flush=True)
+        self._part = part
+        work(self)
+
+    def note(self, what: str, values: Sequence[float], unit: str) -> float:
+        """Put a figure into the part's table; its median."""
+        figure = Figure(what, values, unit)
+        self.figures.setdefault(self._part, []).append(figure)
+        print(f"bench: {self._part}: {what}: {figure.median:.4g} {unit}", file=sys.stderr, flush=True)
+        return figure.median
+
+    def goal(self, goal: str, value: float, target: float, *, at_least: bool = False) -> None:
+        self.goals.append(Goal(f"{self._part}: {goal}", value, target, at_least))
+
+    def place(self) -> Path:
+        return self.work / str(next(self._places))
+
+    def built(self, name: str) -> str:
+        """The image ``name``, built if it is not in the store yet: raw, compressible, or one of the image maker's."""
+        if name not in self._built:
+            if name in ("raw", "compressible"):
+                tree = self.work / name
+                hostkit.make_data(tree, self.size, compressible=name == "compressible")
+                hostkit.build(self.store, f"dir:{tree}", name)
+                shutil.rmtree(tree)
+            else:
+                made = images.service() if name == "service" else images.quick()
+                hostkit.build(self.store, f"oci:{made.reference}", name)
+            self._built.add(name)
+        return name
+
+    def host(self, name: str, options: Sequence[str] = ()) -> Host:
+        return Host(self.place(), self.store, self.built(name), options)
+
+    def plain(self, name: str) -> Plain:
+        return Plain(self.place(), self.store, self.built(name))
+
+    @contextmanager
+    def beside(self, name: str, options: Sequence[str] = ()) -> Iterator[tuple[Host, Path, dict[str, Path]]]:
+        """A host with a lazy mount of ``name``, its target, and the same bytes mounted by others, by name."""
+        with ExitStack() as stack:
+            host = stack.enter_context(self.host(name, options))
+            plain = stack.enter_context(self.plain(name))
+            others = {
+                "plain EROFS": plain.mount("plain", read_ahead=READ_AHEAD),
+                "plain EROFS, the kernel's read-ahead": plain.mount("default"),
+            }
+            fuse = plain.erofsfuse()
+            if fuse is not None:
+                others["erofsfuse"] = fuse
+            yield host, stack.enter_context(host.mounted()), others
+
+    def compare(
+        self, what: str, unit: str, lazy: Path, others: dict[str, Path], measure: Callable[[Path], float]
+    ) -> float:
+        """Throughput of the lazy mount in parts of plain EROFS's."""
+        sides = {name: lambda top=top: measure(top) for name, top in {"lazy mount": lazy, **others}.items()}
+        values = alternate(self.rounds, sides)
+        for name, series in values.items():
+            self.note(f"{what}: {name}", series, unit)
+        return paired(values["lazy mount"], values["plain EROFS"])
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def mount_time(bench: Bench) -> None:
+    """From the request to the first stat."""
+    rounds = bench.rounds if bench.quick else max(bench.rounds, 15)
+    with bench.host(bench.image) as host, bench.plain(bench.image) as plain:
+        numbers = count()
+
+        def request(*, busy: bool = False) -> float:
+            host.wait_unmarked()  # or the packs need no new marks, and no proof of them
+            os.sync()
+            if busy:
+                (bench.work / "busy").write_bytes(bytes(256 * MIB))
+            seconds = timed(lambda: os.stat(host.mount() / "bin"))
+            host.unmount()
+            return seconds * 1000
+
+        def again() -> float:
+            host.mount()
+            os.sync()
+            seconds = timed(lambda: os.stat(host.mount(other) / "bin"))
+            host.unmount(other)
+            host.unmount()
+            return seconds * 1000
+
+        def command() -> float:
+            os.sync()
+            settings = ("--store", bench.store.url, "--root", host.root)
+            seconds = run(EROFSGEN, *settings, "mount", "--quiet", bench.image, host.target).seconds
+            host.unmount()
+            return seconds * 1000
+
+        def by_kernel() -> float:
+            return timed(lambda: os.stat(plain.mount(f"plain-{next(numbers)}") / "bin")) * 1000
+
+        other = host.target.with_name("other")
+        other.mkdir()
+        values = alternate(
+            rounds,
+            {
+                "request": request,
+                "again": again,
+                "busy": lambda: request(busy=True),
+                "kernel": by_kernel,
+                "command": command,
+            },
+        )
+    python = [run(sys.executable, "-c", "pass").seconds * 1000 for _ in range(bench.rounds)]
+    first = bench.note("lazy mount to first stat", values["request"], "ms")
+    bench.note("lazy mount, packs marked already, to first stat", values["again"], "ms")
+    bench.note("lazy mount, 256 MiB just written elsewhere, to first stat", values["busy"], "ms")
+    bench.note("plain EROFS to first stat", values["kernel"], "ms")
+    whole = bench.note("erofsgen mount", values["command"], "ms")
+    bench.note("python -c pass", python, "ms")
+    bench.goal("mount request to first stat, ms", first, 10)
+    bench.goal("erofsgen mount, ms", whole, 250)
+
+
+def warm_reads(bench: Bench) -> None:
+    """Reads from the page cache."""
+    blocks = bench.size * MIB // 4096
+    offsets = [random.Random(1).randrange(blocks) * 4096 for _ in range(20_000 if bench.quick else 200_000)]
+    with bench.beside("raw") as (_, lazy, others):
+        for top in (lazy, *others.values()):
+            hostkit.sequential(top / LARGE)
+        ratio = bench.compare("sequential", "MiB/s", lazy, others, lambda top: hostkit.sequential(top / LARGE))
+        bench.goal("warm sequential reads / plain EROFS", ratio, 0.95, at_least=True)
+        ratio = bench.compare(
+            "random 4 KiB", "MiB/s", lazy, others, lambda top: hostkit.random_blocks(top / LARGE, offsets)
+        )
+        bench.goal("warm random reads of 4 KiB / plain EROFS", ratio, 0.95, at_least=True)
+
+
+def local_reads(bench: Bench) -> None:
+    """Reads of local data, the page cache dropped."""
+
+    def cold(top: Path) -> float:
+        hostkit.drop_caches()
+        return hostkit.sequential(top / LARGE)
+
+    with bench.beside("raw", NEVER_COMPLETE) as (host, lazy, others):
+        hostkit.sequential(lazy / LARGE)
+        marked = bench.compare("marked", "MiB/s", lazy, others, cold)
+        if not host.call("status")["marked_packs"]:
+            raise SystemExit("bench: the pack lost its mark although a frame is missing")
+        hostkit.sequential(lazy / FIRST)
+        host.wait_unmarked()
+        unmarked = bench.compare("unmarked", "MiB/s", lazy, others, cold)
+    bench.goal("local sequential reads, marked / plain EROFS", marked, 0.8, at_least=True)
+    bench.goal("local sequential reads, mark removed / plain EROFS", unmarked, 0.98, at_least=True)
+
+
+def metadata(bench: Bench) -> None:
+    """A walk with lstat of everything."""
+
+    def cold(top: Path) -> float:
+        hostkit.drop_caches()
+        return warm(top)
+
+    def warm(top: Path) -> float:
+        begun = time.perf_counter()
+        return hostkit.walk(top) / (time.perf_counter() - begun)
+
+    with bench.beside(bench.image) as (_, lazy, others):
+        ratio = bench.compare("caches dropped", "entries/s", lazy, others, cold)
+        bench.goal("walk and lstat, caches dropped / plain EROFS", ratio, 0.98, at_least=True)
+        for top in (lazy, *others.values()):
+            hostkit.walk(top)
+        ratio = bench.compare("warm", "entries/s", lazy, others, warm)
+        bench.goal("walk and lstat, warm / plain EROFS", ratio, 0.98, at_least=True)
+
+
+def cold_fill(bench: Bench) -> None:
+    """A whole image read through a lazy mount, from a store in the page cache."""
+    for name in ("raw", "compressible"):
+        cold_fill_of(bench, bench.built(name))
+
+
+def cold_fill_of(bench: Bench, name: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+    alone: list[dict[str, float]] = []
+
+    def parts() -> float:
+        os.sync()
+        alone.append(hostkit.parts_alone(bench.store, name, bench.work))
+        return sum(alone[-1].values())
+
+    def lazy() -> float:
+        with bench.host(name) as host, host.mounted() as top:
+            os.sync()
+            return timed(lambda: [hostkit.sequential(top / file) for file in (FIRST, LARGE)])
+
+    values = alternate(bench.rounds, {"parts": parts, "lazy": lazy})
+    for part in alone[0]:
+        bench.note(f"{name}: {part}, alone in one thread", [seconds[part] for seconds in alone], "s")
+    bench.note(f"{name}: the parts together", values["parts"], "s")
+    bench.note(f"{name}: read through the lazy mount", values["lazy"], "s")
+    ratio = paired(values["lazy"], values["parts"]) * cores
+    bench.goal(f"cold fill of {name} data / its parts over {cores} cores", ratio, 1.3)
+
+
+def daemon_memory(bench: Bench) -> None:
+    """Images read one after the other, ten times their size through one daemon."""
+    passes = 4 if bench.quick else 10
+    with bench.host("compressible") as host:
+        raw = host.cache.add(Image.open(bench.store, bench.built("raw")))
+        kinds = (host.image, raw)
+        with MemorySampler(host.call("status")) as sampler:
+            for number in range(passes):
+                host.image = kinds[number % 2]
+                with host.mounted() as top:
+                    for file in (FIRST, LARGE):
+                        hostkit.sequential(top / file)
+                host.clear()
+        quarter = len(sampler.totals) // 4
+    for title, sizes in (("all its processes, proportional", sampler.totals), ("the worker, resident", sampler.worker)):
+        bench.note(title, [size / MIB for size in sizes], "MiB")
+    totals = sampler.totals
+    bench.goal("memory of the daemon at most, MiB", max(totals) / MIB, 150)
+    ratio = median(totals[-quarter:]) / median(totals[quarter : 2 * quarter])
+    bench.goal("memory of the daemon, last quarter / second quarter", ratio, 1.1)
+
+
+def many_mounts(bench: Bench) -> None:
+    """Many mounts of one image."""
+    number = 20 if bench.quick else 500
+    with bench.host(bench.image) as host:
+        targets = [host.target.with_name(f"mnt-{each}") for each in range(number)]
+        for target in targets:
+            target.mkdir()
+        with host.mounted():  # what the first costs is not what one more costs
+            supervisor = host.call("status")["pid"]
+            kernel, own = hostkit.kernel_memory(), hostkit.proportional(supervisor)[0]
+            seconds = [timed(lambda target=target: os.stat(host.mount(target) / "bin")) for target in targets]
+            own = hostkit.proportional(supervisor)[0] - own
+            after = hostkit.kernel_memory()
+            ending = [timed(lambda target=target: host.unmount(target)) for target in targets]
+    tenth = number // 10
+    for what, series in (("mount", seconds), ("unmount", ending)):
+        bench.note(f"{what}, the first {tenth} of {number}", [each * 1000 for each in series[:tenth]], "ms")
+        bench.note(f"{what}, the last {tenth}", [each * 1000 for each in series[-tenth:]], "ms")
+    bench.note("supervisor, each mount", [own / number / 1024], "KiB")
+    bench.note("MemAvailable, each mount", [(kernel["MemAvailable"] - after["MemAvailable"]) / number / 1024], "KiB")
+    bench.note("of that slab", [(after["Slab"] - kernel["Slab"]) / number / 1024], "KiB")
+
+
+def read_ahead(bench: Bench) -> None:
+    """What read-ahead is worth."""
+    with bench.host("raw", NEVER_COMPLETE) as host:
+        with host.mounted() as top:
+            hostkit.sequential(top / LARGE)
+
+        def local(size: int) -> float:
+            with host.mounted(read_ahead=size) as top:
+                hostkit.drop_caches()
+                return hostkit.sequential(top / LARGE)
+
+        values = alternate(bench.rounds, {str(size): lambda size=size: local(size) for size in READ_AHEADS})
+        for size in READ_AHEADS:
+            bench.note(f"{size} KiB: local sequential, marked", values[str(size)], "MiB/s")
+
+    with bench.host(bench.image, NEVER_COMPLETE) as host:
+        fetched: dict[int, list[float]] = {size: [] for size in READ_AHEADS}
+
+        def start(size: int) -> float:
+            host.clear()
+            before = host.engine()["bytes_fetched"]
+            with host.mounted(read_ahead=size) as top:
+                hostkit.drop_caches()
+                command = ["chroot", top, "python3", "-c", "import numpy"]
+                seconds = timed(lambda: subprocess.run(command, check=True))
+                time.sleep(0.3)  # what was asked for ahead comes yet
+                fetched[size].append((host.engine()["bytes_fetched"] - before) / MIB)
+            return seconds
+
+        values = alternate(bench.rounds, {str(size): lambda size=size: start(size) for size in READ_AHEADS})
+        for size in READ_AHEADS:
+            bench.note(f"{size} KiB: import numpy, cold", values[str(size)], "s")
+            bench.note(f"{size} KiB: fetched for that", fetched[size], "MiB")
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+    "a": mount_time,
+    "b": warm_reads,
+    "c": local_reads,
+    "d": metadata,
+    "e": cold_fill,
+    "f": daemon_memory,
+    "g": many_mounts,
+    "h": read_ahead,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", help="parts, separated by commas (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds of every comparison (default 5)")
+    parser.add_argument("--image", choices=["demo", "service"], default="demo", help="for a, d, g and h (default demo)")
+    parser.add_argument("--work", type=Path, help="where caches, stores and mounts go (default .cache/bench)")
+    parser.add_argument("--quick", action="store_true", help="small data, one round: does it all work?")
+    parser.add_argument("--json", action="store_true", help="one JSON object per goal on standard output")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    parts = options.only.split(",") if options.only else list(MEASUREMENTS)
+    if unknown := set(parts) - set(MEASUREMENTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if os.geteuid() != 0:
+        sys.exit("bench: mounting needs root")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: told to stop"))
+
+    work = options.work or REPOSITORY / ".cache" / "bench"
+    work.mkdir(parents=True, exist_ok=True)
+    print(f"bench: {machine()}", file=sys.stderr)
+    for peer in PEERS:
+        print(f"bench: {peer}: {shutil.which(peer) or 'not installed'}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=work, prefix="host-") as scratch:
+        bench = Bench(Path(scratch), options)
+        for part in parts:
+            bench.measure(part, MEASUREMENTS[part])
+    for part, figures in bench.figures.items():
+        print_figures(f"{part}: {(MEASUREMENTS[part].__doc__ or '').strip('.')}", figures, as_json=options.json)
+    print_goals(bench.goals, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""What the benchmarks of lazy mounts stand on: hosts with a daemon, plain EROFS beside them, reads, memory."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from blake3 import blake3
+from fill import SKEWED
+from measure import run
+
+from erofsgen.errors import ErofsgenError
+from erofsgen.host import linux
+from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.evict import evict
+from erofsgen.host.daemon.client import Client
+from erofsgen.host.mount import superblock
+from erofsgen.host.mount.mounts import READ_AHEAD, mount, unmount
+from erofsgen.pack.toc import Toc
+from erofsgen.store.directory import DirectoryStore
+from erofsgen.store.image import Image
+
+EROFSGEN = Path(sys.executable).with_name("erofsgen")
+MIB = 1 << 20
+NEVER_COMPLETE = ("--worker=--complete-at", "--worker=1.01")
+"""Of a daemon: leave frames missing that nobody reads."""
+FIRST, LARGE = "a-first", "b-large"
+"""Files of :func:`make_data`: a frame that lies before all others, so that no read ahead reaches it, and the rest."""
+_PATIENCE = 30.0
+
+
+class Host:
+    """A host cache of its own below ``place``, one image of ``store`` in it, and a daemon with ``options``.
+
+    Afterwards nothing of it is mounted, no process runs, no file is left.
+    """
+
+    def __init__(self, place: Path, store: DirectoryStore, name: str, options: Sequence[str] = ()) -> None:
+        self.root = place / "root"
+        self.target = place / "mnt"
+        self._place = place
+        self._options = options
+        self._pid = 0
+        self.target.mkdir(parents=True)
+        self.cache = HostCache(self.root)
+        self.image: CachedImage = self.cache.add(Image.open(store, name))
+
+    def __enter__(self) -> Host:
+        try:
+            self.call("hello")
+            self.engine()  # the worker takes its time to import what it needs
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        stop(self.root, self._pid)
+        unmount_below(self._place)
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def call(self, do: str) -> dict[str, Any]:
+        """What the daemon replies, which is started where none runs."""
+        with Client.start(self.root, self._options) as client:
+            facts = client.call(do)
+        self._pid = facts.get("pid", self._pid)
+        return facts
+
+    def engine(self) -> dict[str, Any]:
+        """Counters of the fill engine."""
+        with Client.start(self.root, self._options) as client:
+            counters: dict[str, Any] = client.worker("status")["engine"]
+        return counters
+
+    def mount(self, target: Path | None = None, *, read_ahead: int = READ_AHEAD) -> Path:
+        target = target or self.target
+        mount(self.image, target, root=self.root, plane="fanotify", read_ahead=read_ahead)
+        return target
+
+    def unmount(self, target: Path | None = None) -> None:
+        unmount(target or self.target, root=self.root)
+
+    def wait_unmarked(self) -> None:
+        """Until no pack is under a mark: all are complete, or nothing uses them."""
+        until = time.monotonic() + _PATIENCE
+        while self.call("status")["marked_packs"]:
+            if time.monotonic() > until:
+                raise SystemExit("bench: packs keep their marks")
+            time.sleep(0.02)
+
+    def clear(self) -> None:
+        """Give up all frames. Nothing may be mounted."""
+        self.wait_unmarked()
+        files = self.cache.layout.data_files()
+        until = time.monotonic() + _PATIENCE
+        while sum(os.stat(path).st_blocks * 512 for path in files) > MIB:  # holes take a block or two
+            evict(files, 1 << 50)  # takes nothing while the worker has a pack open
+            if time.monotonic() > until:
+                raise SystemExit("bench: the cache could not be cleared")
+            time.sleep(0.02)
+
+    @contextmanager
+    def mounted(self, *, read_ahead: int = READ_AHEAD) -> Iterator[Path]:
+        yield self.mount(read_ahead=read_ahead)
+        self.unmount()
+
+
+def stop(root: Path, pid: int) -> None:
+    """End the daemon of ``root``, whose supervisor is our child ``pid``."""
+    with suppress(ErofsgenError):
+        client = Client.connect(root)
+        if client is not None:
+            with client:
+                client.call("stop", force=True)
+    with suppress(ChildProcessError, ProcessLookupError):
+        if pid:
+            with open(os.pidfd_open(pid)) as ended:
+                if not select.select([ended], [], [], _PATIENCE)[0]:
+                    os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def unmount_below(place: Path) -> None:
+    """Detach whatever is mounted there."""
+    for point in reversed(linux.mount_points()):
+        if Path(os.fsdecode(point.target)).is_relative_to(place):
+            subprocess.run(["umount", "--lazy", point.target], check=False)
+
+
+class Plain:
+    """The same bytes without us: index and data files of a cache of their own, complete before they are mounted."""
+
+    def __init__(self, place: Path, store: DirectoryStore, name: str) -> None:
+        self._place = place
+        self.index, self.devices = HostCache(place / "root").materialise(Image.open(store, name))
+
+    def __enter__(self) -> Plain:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        unmount_below(self._place)
+        shutil.rmtree(self._place, ignore_errors=True)
+
+    def mount(self, name: str, *, read_ahead: int | None = None) -> Path:
+        """File-backed EROFS by the kernel; ``read_ahead`` KiB, None: its default of 128."""
+        target = self._place / name
+        target.mkdir()
+        top = superblock.mount_files(self.index, self.devices, read_ahead=read_ahead)
+        place = os.open(target, os.O_PATH | os.O_DIRECTORY)
+        linux.move_mount(top, place)
+        os.close(place)
+        os.close(top)
+        return target
+
+    def erofsfuse(self) -> Path | None:
+        """The same by erofsfuse, where that is installed."""
+        program = shutil.which("erofsfuse")
+        if program is None:
+            return None
+        target = self._place / "fuse"
+        target.mkdir()
+        devices = [f"--device={path}" for path in self.devices]
+        subprocess.run([program, *devices, self.index, target], check=True, stdout=subprocess.DEVNULL)
+        return target
+
+
+def make_data(place: Path, mebibytes: int, *, compressible: bool) -> None:
+    """A root file system of one file of a frame and a large one; no chunk is like another."""
+    place.mkdir(parents=True)
+    numbers = np.random.default_rng(compressible)
+    for name, count in ((FIRST, 1), (LARGE, mebibytes)):
+        with open(place / name, "wb") as file:
+            for _ in range(count):
+                data = numbers.bytes(MIB)
+                file.write(data.translate(SKEWED) if compressible else data)
+
+
+def build(store: DirectoryStore, source: str, name: str) -> None:
+    run(EROFSGEN, "--store", store.url, "build", "--json", "--tag", name, source)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What every side measures, ``rounds`` times, one side after the other, the order turning from round to round."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides) if number % 2 == 0 else reversed(sides):
+            values[name].append(sides[name]())
+    return values
+
+
+def paired(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the rounds' ratios: two runs of a round had the same neighbours on the machine."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
+
+
+def drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def sequential(path: Path) -> float:
+    """MiB a second of a reader of 1 MiB at a time."""
+    buffer = bytearray(MIB)
+    size = 0
+    begun = time.perf_counter()
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            size += got
+    return size / MIB / (time.perf_counter() - begun)
+
+
+def random_blocks(path: Path, offsets: Sequence[int]) -> float:
+    """MiB a second of a reader of 4 KiB at each of ``offsets``."""
+    buffers = [bytearray(4096)]
+    with open(path, "rb", buffering=0) as file:
+        descriptor, read = file.fileno(), os.preadv
+        begun = time.perf_counter()
+        for offset in offsets:
+            read(descriptor, buffers, offset)
+        return len(offsets) * 4096 / MIB / (time.perf_counter() - begun)
+
+
+def walk(top: Path) -> int:
+    """Directories listed, every entry's lstat(2) made; how many there were."""
+    count = 0
+    for directory, directories, files in os.walk(top):
+        for name in (*directories, *files):
+            os.lstat(f"{directory}/{name}")
+            count += 1
+    return count
+
+
+def parts_alone(store: DirectoryStore, name: str, work: Path) -> dict[str, float]:
+    """Seconds of each part of filling an image, in one thread, eight frames at a time, into a file in ``work``."""
+    seconds: dict[str, float] = defaultdict(float)
+    before = 0.0
+
+    def lap(what: str = "") -> None:
+        nonlocal before
+        now = time.perf_counter()
+        if what:
+            seconds[what] += now - before
+        before = now
+
+    with tempfile.TemporaryFile(dir=work) as file:
+        for pack in Image.open(store, name).packs:
+            toc = Toc(store.read(pack.digest, pack.toc.offset, pack.toc.size), pack.toc, what=name)
+            offsets, sizes, places = toc.offsets.tolist(), toc.sizes.tolist(), toc.device_offsets.tolist()
+            for first in range(0, len(toc), 8):
+                frames = range(first, min(first + 8, len(toc)))
+                begin, end = offsets[first], offsets[frames[-1]] + sizes[frames[-1]]
+                lap()
+                data = store.read(pack.digest, begin, end - begin)
+                lap("read")
+                pieces = [memoryview(data)[offsets[frame] - begin :][: sizes[frame]] for frame in frames]
+                lap()
+                if not pack.raw:
+                    pieces = [zstandard.ZstdDecompressor().decompress(piece) for piece in pieces]
+                    lap("unzstd")
+                digests = [blake3(piece).digest() for piece in pieces]
+                lap("BLAKE3")
+                if digests != [toc.digest(frame) for frame in frames]:
+                    raise SystemExit("bench: wrong bytes")
+                lap()
+                for frame, piece in zip(frames, pieces, strict=True):
+                    os.pwrite(file.fileno(), piece, places[frame])
+                lap("write")
+    return seconds
+
+
+def proportional(pid: int) -> tuple[int, int]:
+    """(proportional, resident) bytes of a process; shared pages count in parts in the first."""
+    sizes = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, rest = line.partition(":")
+        sizes[name] = int(rest.split()[0]) << 10
+    return sizes["Pss"], sizes["Rss"]
+
+
+def kernel_memory() -> dict[str, int]:
+    """MemAvailable and Slab in bytes, after all that can be given back was."""
+    drop_caches()
+    time.sleep(0.5)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines}
+    return {name: sizes[name] for name in ("MemAvailable", "Slab")}
+
+
+class MemorySampler(threading.Thread):
+    """Bytes of a daemon every tenth of a second: ``totals`` proportional of all its processes, ``worker`` resident."""
+
+    def __init__(self, status: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._pids = [status[name] for name in ("pid", "standby", "worker") if status[name]]
+        self._worker = status["worker"]
+        self._ended = threading.Event()
+        self.totals: list[int] = []
+        self.worker: list[int] = []
+
+    def run(self) -> None:
+        while not self._ended.wait(0.1):
+            sizes = {pid: proportional(pid) for pid in self._pids}
+            self.totals.append(sum(pss for pss, _ in sizes.values()))
+            self.worker.append(sizes[self._worker][1])
+
+    def __enter__(self) -> MemorySampler:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ended.set()
+        self.join()
