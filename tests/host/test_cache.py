@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from handmade import CHUNK, chunks_of, contents
 
 from erofsgen.errors import IntegrityError, NotFoundError, RemoteError, StorageError
 from erofsgen.host import linux
+from erofsgen.host.cache import presence
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.cache.evict import evict
 from erofsgen.store.directory import DirectoryStore
@@ -33,6 +35,53 @@ def check_complete(image, index, devices):
 
 def leftovers(root):
     return [str(path) for path in root.rglob("*.part")]
+
+
+def check_marked(cache, image):
+    """Compares all frames that count with the store's bytes. Returns them as (slot, frame)."""
+    marked = set()
+    for slot, pack in enumerate(image.packs, 1):
+        right = device_bytes(image, slot)
+        with closing(cache.open_pack(pack)) as file:
+            assert os.stat(file.files.data).st_size == pack.device_size
+            for frame in range(len(file.toc)):
+                if file.ready(frame, frame):
+                    start, size = int(file.toc.device_offsets[frame]), int(file.toc.device_sizes[frame])
+                    assert os.pread(file.descriptor, size, start) == right[start : start + size], (slot, frame)
+                    marked.add((slot, frame))
+    return marked
+
+
+def all_frames(image):
+    return {
+        (slot, frame)
+        for slot, pack in enumerate(image.packs, 1)
+        for frame in range(len(open_pack(image.store, pack).toc))
+    }
+
+
+@pytest.fixture
+def reads(monkeypatch, sample):
+    """What is read of packs' frames from now on, as (slot, frame); a read may have several."""
+    found = []
+    tables = {pack.digest: (pack, open_pack(sample.image.store, pack).toc) for pack in sample.image.packs}
+    read = DirectoryStore.read
+
+    def recording(self, digest, offset, length):
+        if digest in tables and offset < tables[digest][0].toc.offset:
+            pack, toc = tables[digest]
+            starts = toc.offsets.tolist()[: len(toc)]
+            found.extend((pack.slot, frame) for frame, at in enumerate(starts) if offset <= at < offset + length)
+        return read(self, digest, offset, length)
+
+    monkeypatch.setattr(DirectoryStore, "read", recording)
+    return found
+
+
+def reboot(monkeypatch):
+    """Let this process believe in another boot."""
+    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    monkeypatch.setattr(presence, "boot_id", lambda: b"another boot".ljust(16))
 
 
 class CountingProgress:
@@ -62,7 +111,9 @@ def test_materialise(sample, tmp_path):
     index, devices = cache.materialise(sample.image, progress)
     check_complete(sample.image, index, devices)
     assert leftovers(cache.root) == []
-    assert progress.totals == [progress.done] == [sum(pack.device_size for pack in sample.image.packs)]
+    everything = [len(sample.image.packs), sum(pack.device_size for pack in sample.image.packs)]
+    assert progress.totals == everything
+    assert progress.done == sum(everything)
     assert all(path.stat().st_mode & 0o077 == 0 for path in (cache.root, index, *devices))
 
 
@@ -89,12 +140,12 @@ def test_packs_are_shared_by_images(maker, tmp_path):
     two = maker.image("two", {"b": shared, "c": theirs}, packs[1:])
     cache = HostCache(tmp_path / "root")
     check_complete(one, *cache.materialise(one))
-    inode = cache.pack_path(packs[1].hex).stat().st_ino
+    inode = cache.files(packs[1].hex).data.stat().st_ino
     progress = CountingProgress()
     check_complete(two, *cache.materialise(two, progress))
-    assert cache.pack_path(packs[1].hex).stat().st_ino == inode
-    assert progress.done == two.packs[1].device_size
-    assert len(list((cache.root / "packs").iterdir())) == 3
+    assert cache.files(packs[1].hex).data.stat().st_ino == inode
+    assert progress.totals == [1, two.packs[1].device_size]
+    assert len(cache.layout.data_files()) == 3
 
 
 def damage(store, digest, offset):
@@ -111,13 +162,17 @@ def damage(store, digest, offset):
 def test_a_damaged_frame_is_refused(sample, tmp_path, slot, flat):
     pack = sample.image.packs[slot - 1]
     toc = open_pack(sample.image.store, pack).toc
-    damage(sample.image.store, pack.digest, int(toc.offsets[1]) + int(toc.sizes[1]) // 2)
     cache = HostCache(tmp_path / "root")
-    with pytest.raises(IntegrityError, match=f"pack {pack.digest}: frame 1"):
+    everything = all_frames(sample.image)
+    damage(sample.image.store, pack.digest, int(toc.offsets[1]) + int(toc.sizes[1]) // 2)
+    with pytest.raises(IntegrityError, match=rf"pack (sha256:)?{pack.hex}: frame 1"):
         (cache.materialise_flat if flat else cache.materialise)(sample.image)
     assert leftovers(cache.root) == []
-    assert not cache.pack_path(pack.hex).exists()
     assert not list((cache.root / "images").glob("*.flat"))
+    damage(sample.image.store, pack.digest, int(toc.offsets[1]) + int(toc.sizes[1]) // 2)
+    if not flat:
+        assert check_marked(cache, sample.image) == everything - {(slot, 1)}
+    check_complete(sample.image, *cache.materialise(sample.image))
 
 
 def test_a_damaged_index_is_refused(sample, tmp_path):
@@ -125,7 +180,7 @@ def test_a_damaged_index_is_refused(sample, tmp_path):
     cache = HostCache(tmp_path / "root")
     with pytest.raises(IntegrityError):
         cache.materialise(sample.image)
-    assert [path for path in cache.root.rglob("*") if path.is_file()] == []
+    assert [path.name for path in cache.root.rglob("*") if path.is_file()] == ["ledger"]
 
 
 def test_a_missing_pack(sample, tmp_path):
@@ -136,82 +191,81 @@ def test_a_missing_pack(sample, tmp_path):
     assert leftovers(cache.root) == []
 
 
-def test_a_crashed_fill_is_taken_over(sample, tmp_path, monkeypatch):
+def test_a_pack_that_goes_missing(sample, tmp_path):
+    """Mounting needs the store no more then, but bringing frames does."""
     cache = HostCache(tmp_path / "root")
-    pack = sample.image.packs[0]
-    good = device_bytes(sample.image, 1)
-    toc = open_pack(sample.image.store, pack).toc
-    second = int(toc.device_offsets[1])
-    part = cache.pack_path(pack.hex).with_name(f"{pack.hex}.data.part")
-    part.write_bytes(good[:second] + b"torn" + bytes(len(good) - second - 4))
-    read = DirectoryStore.read
-    ranges = []
+    cached = cache.add(sample.image)
+    right = device_bytes(sample.image, 1)
+    sample.image.store.delete(sample.image.packs[1].digest)
+    with pytest.raises(NotFoundError), cache.filling():
+        cache.fill(cached, sample.image.store)
+    assert not cache.is_complete(cached)
+    assert cached.devices()[0].read_bytes() == right
 
-    def recording(self, digest, offset, length):
-        if digest == pack.digest:
-            ranges.append((offset, length))
-        return read(self, digest, offset, length)
 
-    monkeypatch.setattr(DirectoryStore, "read", recording)
-    check_complete(sample.image, *cache.materialise(sample.image))
-    frames = [(offset, length) for offset, length in ranges if offset < pack.toc.offset]
-    assert frames[0] == (int(toc.offsets[1]), int(toc.sizes[1])), "the frame that was right is not read again"
+def test_a_crashed_fill_is_taken_over(sample, tmp_path, reads):
+    """What is marked counts; bytes without a mark do not, whatever they are."""
+    cache = HostCache(tmp_path / "root")
+    cache.add(sample.image)
+    with closing(cache.open_pack(sample.image.packs[0])) as file:
+        good = device_bytes(sample.image, 1)
+        second = int(file.toc.device_offsets[1])
+        file.write_frame(0, good[:second])
+        os.pwrite(file.descriptor, b"torn", second)
+    reads.clear()
+    check = cache.materialise(sample.image)
+    assert set(reads) == all_frames(sample.image) - {(1, 0)}, "the frame that was right is not read again"
+    check_complete(sample.image, *check)
 
 
 BOOT = "user.erofsgen.boot"
 
 
-def test_another_boot_trusts_digests_only(sample, tmp_path, monkeypatch):
+def test_another_boot_trusts_digests_only(sample, tmp_path, monkeypatch, reads):
     """What was not synced may have been lost with the power, and a file may have its size but not its bytes."""
     cache = HostCache(tmp_path / "root")
     index, devices = cache.materialise(sample.image)
-    boots = {os.getxattr(path, BOOT).decode() for path in (index, *devices)}
-    assert boots == {linux.boot_id()}
+    assert os.getxattr(index, BOOT).decode() == linux.boot_id()
     toc = open_pack(sample.image.store, sample.image.packs[0]).toc
-    lost = int(toc.device_offsets[1])
     with devices[0].open("r+b") as file:
-        file.seek(lost)
+        file.seek(int(toc.device_offsets[1]))
         file.write(bytes(int(toc.device_sizes[1])))
     devices[1].unlink()
     index.write_bytes(bytes(index.stat().st_size))
-    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
-    read = DirectoryStore.read
-    fetched = []
-
-    def recording(self, digest, offset, length):
-        fetched.append((digest, offset))
-        return read(self, digest, offset, length)
-
-    monkeypatch.setattr(DirectoryStore, "read", recording)
+    reboot(monkeypatch)
+    reads.clear()
     check = cache.materialise(sample.image)
-    data = [(digest, offset) for digest, offset in fetched if digest == sample.image.packs[0].digest]
-    assert (sample.image.packs[0].digest, 0) not in data, "the first frame was right"
-    assert (sample.image.packs[0].digest, int(toc.offsets[1])) in data
+    assert sorted(reads) == [(1, 1), (2, 0), (2, 1)], "what is right is not read again"
     check_complete(sample.image, *check)
     assert leftovers(cache.root) == []
-    # what another boot left has been synced and counts always, what was fetched now counts in this boot
-    marked = {path.name: BOOT in os.listxattr(path) for path in (index, *devices)}
-    assert marked == {index.name: False, devices[0].name: False, devices[1].name: True, devices[2].name: False}
+    assert BOOT not in os.listxattr(index), "what another boot left has been synced and counts always"
 
 
 def test_another_boot_without_the_store(sample, tmp_path, monkeypatch):
-    """Bytes that cannot be checked right now are not thrown away."""
+    """Frames count again after a comparison with their digests; bytes that are wrong are all that is missing."""
     cache = HostCache(tmp_path / "root")
-    _, devices = cache.materialise(sample.image)
-    kept = devices[0].stat().st_ino
+    index, devices = cache.materialise(sample.image)
+    everything = all_frames(sample.image)
+    os.removexattr(index, BOOT)
 
     def unreachable(self, digest, offset, length):
         raise RemoteError("unreachable")
 
+    reboot(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(linux, "boot_id", lambda: "another boot")
+        patch.setattr(DirectoryStore, "read", unreachable)
+        assert not cache.is_complete(cache.image(sample.image.digest, ""))
+        cache.materialise(sample.image)
+    check_complete(sample.image, index, devices)
+    monkeypatch.setattr(presence, "boot_id", lambda: b"a third one".ljust(16))
+    with devices[0].open("r+b") as file:
+        file.write(b"damage")
+    with monkeypatch.context() as patch:
         patch.setattr(DirectoryStore, "read", unreachable)
         with pytest.raises(RemoteError):
             cache.materialise(sample.image)
-    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    assert check_marked(cache, sample.image) == everything - {(1, 0)}
     check_complete(sample.image, *cache.materialise(sample.image))
-    assert devices[0].stat().st_ino == kept
-    assert leftovers(cache.root) == []
 
 
 def test_flat_images_of_another_boot(sample, tmp_path, monkeypatch):
@@ -219,27 +273,26 @@ def test_flat_images_of_another_boot(sample, tmp_path, monkeypatch):
     flat = cache.materialise_flat(sample.image)
     right = flat.read_bytes()
     flat.write_bytes(right[: len(right) // 2])
-    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    reboot(monkeypatch)
     assert cache.materialise_flat(sample.image).read_bytes() == right
 
 
 def test_old_files_are_settled(sample, tmp_path, monkeypatch):
     cache = HostCache(tmp_path / "root")
-    index, devices = cache.materialise(sample.image)
-    for path in (index, *devices[:2]):
-        os.utime(path, (time.time() - 100, time.time() - 100))
+    index, _ = cache.materialise(sample.image)
+    inode = index.stat().st_ino
+    os.utime(index, (time.time() - 100, time.time() - 100))
     cache.materialise(sample.image)
-    assert [BOOT in os.listxattr(path) for path in (index, *devices)] == [False, False, False, True]
-    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
-    progress = CountingProgress()
-    check_complete(sample.image, *cache.materialise(sample.image, progress))
-    assert progress.done == sample.image.packs[2].device_size
+    assert BOOT not in os.listxattr(index)
+    reboot(monkeypatch)
+    check_complete(sample.image, *cache.materialise(sample.image))
+    assert index.stat().st_ino == inode
 
 
 def test_a_file_that_cannot_be_settled_goes(sample, tmp_path, monkeypatch):
     cache = HostCache(tmp_path / "root")
-    _, devices = cache.materialise(sample.image)
-    os.utime(devices[1], (0, 0))
+    index, devices = cache.materialise(sample.image)
+    os.utime(index, (0, 0))
 
     def fail(descriptor):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -248,29 +301,26 @@ def test_a_file_that_cannot_be_settled_goes(sample, tmp_path, monkeypatch):
         patch.setattr(os, "fdatasync", fail)
         with pytest.raises(StorageError, match="Input/output error"):
             cache.materialise(sample.image)
-    assert [path.exists() for path in devices] == [True, False, True]
+    assert not index.exists()
+    assert all(path.exists() for path in devices)
     check_complete(sample.image, *cache.materialise(sample.image))
 
 
 def test_without_extended_attributes(sample, tmp_path, monkeypatch):
-    """Then a file is on the disk before it has its name."""
+    """Then an index is on the disk before it has its name."""
     synced = []
 
     def unsupported(*arguments):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    def sync(descriptor):
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        assert name.endswith(".part")
-        synced.append(name)
-
     monkeypatch.setattr(os, "setxattr", unsupported)
     monkeypatch.setattr(os, "getxattr", unsupported)
-    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
     cache = HostCache(tmp_path / "root")
-    check_complete(sample.image, *cache.materialise(sample.image))
-    assert len(synced) == 4
-    monkeypatch.setattr(linux, "boot_id", lambda: "another boot")
+    index, devices = cache.materialise(sample.image)
+    check_complete(sample.image, index, devices)
+    assert [name for name in synced if name.endswith(".part")] == [f"{index.name}.part"]
+    reboot(monkeypatch)
     monkeypatch.setattr(DirectoryStore, "read", lambda *arguments: pytest.fail("the store was read"))
     cache.materialise(sample.image)
 
@@ -279,13 +329,15 @@ def test_two_processes_after_another_boot(sample, store_dir, tmp_path):
     root = tmp_path / "root"
     _, devices = HostCache(root).materialise(sample.image)
     for path in devices:
-        os.setxattr(path, BOOT, b"another boot")
+        with path.with_suffix(".map").open("r+b") as file:
+            file.seek(16)
+            file.write(b"another boot".ljust(16))
         with path.open("r+b") as file:
             file.write(b"damage")
     children = [in_child(MATERIALISE, root, store_dir, 0.05) for _ in range(3)]
-    for child in children:
-        child.communicate(timeout=60)
+    reads = [line for child in children for line in child.communicate(timeout=60)[0].splitlines()]
     assert [child.returncode for child in children] == [0, 0, 0]
+    assert len(reads) == len(set(reads)) == len(devices), "only the damaged frames, once"
     check_complete(sample.image, *HostCache(root).materialise(sample.image))
     assert leftovers(root) == []
 
@@ -298,71 +350,72 @@ def in_child(code, *arguments):
 
 
 MATERIALISE = """
-import sys, threading, time
+import functools, sys, time
 from pathlib import Path
-from erofsgen.host.cache.cache import HostCache
-from erofsgen.host.cache.evict import evict
+from erofsgen.host.cache import cache
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
 root, store, delay = sys.argv[1:]
+image = Image.open(DirectoryStore(store, create=False), "sample")
+tables = {pack.digest: pack.toc.offset for pack in image.packs}
 read = DirectoryStore.read
-frames = 0
 
 def slow(self, digest, offset, length):
-    global frames
-    if length > 4096:
-        frames += 1
-        print(frames, flush=True)
+    if offset < tables.get(digest, 0):
+        print(digest, offset, flush=True)
         time.sleep(float(delay))
     return read(self, digest, offset, length)
 
 DirectoryStore.read = slow
-image = Image.open(DirectoryStore(store, create=False), "sample")
-HostCache(Path(root), threads=1).materialise(image)
+cache.Engine = functools.partial(cache.Engine, threads=1, read_size=1)  # a frame at a time
+cache.HostCache(Path(root)).materialise(image)
 """
 
 
-def test_kill_in_the_middle(sample, store_dir, tmp_path, monkeypatch):
-    """SIGKILL with the first pack half-way; what comes next finishes the work."""
-    monkeypatch.setattr("erofsgen.host.cache.cache._BATCH", CHUNK)
-    code = MATERIALISE.replace("frames = 0", "import erofsgen.host.cache.cache as c; c._BATCH = 65536; frames = 0")
+def test_kill_in_the_middle(sample, store_dir, tmp_path, reads):
+    """SIGKILL with some of the frames there; what comes next finishes the work and does none of it again."""
     root = tmp_path / "root"
-    with in_child(code, root, store_dir, 0.3) as child:
-        for line in child.stdout:
-            if int(line) >= 3:  # the index and a frame are done, another is being read
+    with in_child(MATERIALISE, root, store_dir, 0.1) as child:
+        for number, _ in enumerate(child.stdout):
+            if number == 3:  # three frames have been read, another is being
                 break
         os.killpg(child.pid, signal.SIGKILL)
-    assert leftovers(root), "it was killed too late"
-    assert not all(HostCache(root).pack_path(pack.hex).exists() for pack in sample.image.packs)
-    check_complete(sample.image, *HostCache(root).materialise(sample.image))
+    cache = HostCache(root)
+    marked = check_marked(cache, sample.image)
+    assert len(marked) in (2, 3, 4), "it was killed too late, or writes late"
+    reads.clear()
+    check = cache.materialise(sample.image)
+    assert set(reads) == all_frames(sample.image) - marked
+    check_complete(sample.image, *check)
     assert leftovers(root) == []
 
 
 def test_two_processes_fill_a_pack_once(sample, store_dir, tmp_path):
     root = tmp_path / "root"
     children = [in_child(MATERIALISE, root, store_dir, 0.05) for _ in range(2)]
-    reads = [child.communicate(timeout=60)[0].split() for child in children]
+    reads = [line for child in children for line in child.communicate(timeout=60)[0].splitlines()]
     assert [child.returncode for child in children] == [0, 0]
-    batches = len(sample.image.packs)  # each is smaller than one batch
-    assert sum(map(len, reads)) <= batches + 2, "both may read the index, only one a pack"
+    assert len(reads) == len(set(reads)) == len(all_frames(sample.image))
     check_complete(sample.image, *HostCache(root).materialise(sample.image))
 
 
 @pytest.mark.mount
-def test_full_disk(sample, maker, make_file_system):
+def test_full_disk(maker, make_file_system):
     small = make_file_system("ext4", 4)
     (content,) = contents(3, 12 << 20)
-    pack = maker.pack(chunks_of(content))
-    image = maker.image("large", {"file": content}, [pack])
+    image = maker.image("large", {"file": content}, [maker.pack(chunks_of(content))])
     cache = HostCache(small / "root")
     free = os.statvfs(small).f_bavail
-    for materialise in (cache.materialise, cache.materialise_flat):
-        with pytest.raises(StorageError, match="No space left on device") as caught:
-            materialise(image)
-        assert "--root" in caught.value.hint
-        assert leftovers(cache.root) == []
-        assert os.statvfs(small).f_bavail > free - 64, "nothing half-made is left"
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        cache.materialise_flat(image)
+    assert "free some space" in caught.value.hint
+    assert os.statvfs(small).f_bavail > free - 64, "nothing half-made is left"
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        cache.materialise(image)
+    assert "free some space" in caught.value.hint
+    assert leftovers(cache.root) == []
+    assert check_marked(cache, image), "what had room is kept"
 
 
 @pytest.mark.mount
@@ -376,7 +429,7 @@ def test_read_only_root(sample, make_file_system):
 def test_flat_image_needs_no_packs(sample, tmp_path):
     cache = HostCache(tmp_path / "root")
     flat = cache.materialise_flat(sample.image)
-    assert list((cache.root / "packs").iterdir()) == []
+    assert cache.layout.data_files() == []
     data = flat.read_bytes()
     for slot in range(1, 4):
         assert data.count(device_bytes(sample.image, slot)) == 1
@@ -414,5 +467,5 @@ def test_raw_packs_share_extents(maker_on, make_file_system, monkeypatch):
     damage(store, raw.digest, CHUNK)
     with pytest.raises(IntegrityError, match="frame 0"):
         cache.materialise(sample.image)
-    assert leftovers(cache.root) == []
-    assert not check.exists()
+    damage(store, raw.digest, CHUNK)
+    assert check_marked(cache, sample.image) == all_frames(sample.image) - {(3, 0)}

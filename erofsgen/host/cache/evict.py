@@ -16,6 +16,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 from erofsgen.errors import ErofsgenError
@@ -31,11 +32,14 @@ def evict(packs: Iterable[Path], wanted: int, *, keep: Collection[str] = ()) -> 
     ``keep``: SHA-256 of packs to pass over.
     """
     frames = sorted(
-        (used, files, frame, size)
-        for data in packs
-        if data.stem not in keep
-        for files in [PackFiles(data)]
-        for used, frame, size in _frames(files)
+        (
+            (used, files, frame, size)
+            for data in packs
+            if data.stem not in keep
+            for files in [PackFiles(data)]
+            for used, frame, size in _frames(files)
+        ),
+        key=itemgetter(0),
     )
     freed = 0
     refused: set[PackFiles] = set()

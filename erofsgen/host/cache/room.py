@@ -70,6 +70,12 @@ class Room:
             with self._ledger():
                 self._write(max(0, self._read() - size))
 
+    def close(self) -> None:
+        """Let go of the ledger."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
     def _take(self, size: int, limit: int) -> bool:
         with self._ledger():
             used = self._read()
