@@ -1,8 +1,8 @@
 """From a container image to Python running from a kernel EROFS mount, with what each step took.
 
 Makes a real multi-layer image on this machine (cached in ``.cache``), converts it with ``erofsgen build``, converts
-its next version, mounts the first with ``erofsgen mount --eager`` and runs Python inside. Every command is shown
-before it runs. Needs root to mount. Cleans up after itself, also when it fails or is interrupted.
+its next version, mounts the first lazily with ``erofsgen mount``, runs Python inside, shows how much of the image that
+has brought to this host, and reads the rest. Every command is shown before it runs. Needs root to mount. Cleans up after itself, also when it fails or is interrupted.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Demo:
         )
 
     def mount(self, name: str) -> None:
-        _, seconds = self.erofsgen("mount", name, os.fspath(self.mount_point), "--eager")
+        _, seconds = self.erofsgen("mount", name, os.fspath(self.mount_point))
         fields = next(
             line.split() for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.mount_point) in line
         )
@@ -100,6 +100,18 @@ class Demo:
         output, seconds = self.run(["chroot", self.mount_point, "/usr/bin/python3", "/opt/app/main.py"])
         console.print(escape(output))
         self.step("Python from the mount", output.splitlines()[0], seconds)
+
+    def show_filled(self) -> None:
+        """What of the image is on this host by now."""
+        status, seconds = self.erofsgen("status")
+        image, _ = self.erofsgen("inspect", "demo:1")
+        size = sum(pack["device_size"] for pack in image["packs"])
+        filled, fetched = status["engine"]["bytes_written"], status["engine"]["bytes_fetched"]
+        self.step(
+            "brought so far",
+            f"{filled / 1e6:.0f} of {size / 1e6:.0f} MB ({100 * filled / size:.0f} %), {fetched / 1e6:.1f} MB fetched",
+            seconds,
+        )
 
     def read_everything(self) -> None:
         """Every byte through the kernel, which reads it from the packs."""
@@ -123,6 +135,8 @@ class Demo:
         """Nothing may stay mounted, whatever happened."""
         while os.path.ismount(self.mount_point):
             subprocess.run(["umount", "--lazy", self.mount_point], check=True)
+        if (self.root / "control.sock").exists():
+            subprocess.run([EROFSGEN, *self.options, "daemon", "--stop", "--force"], check=True)
 
     def summary(self) -> Table:
         table = Table("step", "result", title="erofsgen demo", title_justify="left")
@@ -146,6 +160,7 @@ def main() -> None:
             demo.mount("demo:1")
             console.print()
             demo.run_python()
+            demo.show_filled()
             demo.read_everything()
             demo.show("inspect", "demo:1")
             demo.show("images")
