@@ -133,10 +133,10 @@ def test_the_least_recently_used_go_first(images, tmp_path, monkeypatch):
         [(two, 3), (one, 0), (two, 1), (one, 2), (one, 1), (two, 0), (two, 2), (one, 3)], 1000
     ):
         use(monkeypatch, cache, image, frame, minute)
-    assert cache._evict(3 * FRAME) == 3 * FRAME
+    assert cache.evict(3 * FRAME) == 3 * FRAME
     assert present(cache, one) == [1, 2, 3]
     assert present(cache, two) == [0, 2]
-    assert cache._evict(1) == FRAME
+    assert cache.evict(1) == FRAME
     assert present(cache, one) == [1, 3]
 
 
@@ -146,7 +146,7 @@ def test_eviction_gives_room_back(images, tmp_path):
     cache.add(image)
     bring(cache, image, range(4))
     before = cache.layout.allocated()
-    cache._evict(2 * FRAME)
+    cache.evict(2 * FRAME)
     assert before - cache.layout.allocated() == 2 * FRAME
 
 
