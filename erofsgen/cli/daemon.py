@@ -14,14 +14,26 @@ from erofsgen.errors import NotFoundError
 @verb()
 @click.option("--plane", type=click.Choice(["fanotify"]), default="fanotify", show_default=True)
 @click.option(
-    "--deadline", type=click.FloatRange(min=0.1), default=30.0, show_default=True, help="Seconds that a read may wait."
+    "--deadline",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    default=30.0,
+    show_default=True,
+    help="Seconds that a read may wait.",
 )
-@click.option("--read-ahead", type=Size(), default="32M", show_default=True, help="Brought ahead of large reads.")
-@click.option("--memory", type=Size(), default="48M", show_default=True, help="Bytes in flight at a time.")
-@click.option("--threads", type=click.IntRange(min=1), default=8, show_default=True, help="Threads that fetch.")
+@click.option(
+    "--read-ahead", type=Size(), metavar="SIZE", default="32M", show_default=True, help="Brought ahead of large reads."
+)
+@click.option(
+    "--memory", type=Size(), metavar="SIZE", default="48M", show_default=True, help="Bytes in flight at a time."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", default=8, show_default=True, help="Threads that fetch."
+)
 @click.option(
     "--complete-at",
     type=click.IntRange(0, 101),
+    metavar="PERCENT",
     default=75,
     show_default=True,
     help="Complete a pack in the background when so many per cent are here; 101: never.",
