@@ -164,3 +164,21 @@ def test_verify_without_the_store(pulled):
     pack = next(pack for pack in usage(pulled)["packs"] if pack["pack"] == path.stem)
     assert pack["present"] < pack["device"]
     assert pulled("cache", "verify", "--json").json["bad"] == []
+
+
+@pytest.mark.mount
+def test_what_is_mounted_stays(pulled, tmp_path, require_root):
+    place = tmp_path / "mnt"
+    place.mkdir()
+    pulled("mount", "--eager", "sample:1", place)
+    try:
+        pulled("cache", "clear")
+        (image,) = usage(pulled)["images"]
+        assert image["names"] == ["sample:1"]
+        assert image["in_use"]
+        assert image["present"] == image["device"]
+        for path in place.rglob("*"):
+            if not path.is_symlink() and path.is_file():
+                path.read_bytes()
+    finally:
+        pulled("umount", place)
