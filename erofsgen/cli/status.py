@@ -10,7 +10,7 @@ from erofsgen.cli.shared import Settings, verb
 
 @verb(json=True)
 def command(settings: Settings) -> None:
-    """Show the daemon: its processes, stores, reads that failed and why."""
+    """Show the daemon, its stores and reads that failed."""
     from erofsgen.cli import output
     from erofsgen.errors import ErofsgenError
     from erofsgen.host.daemon.client import Client
