@@ -70,8 +70,10 @@ def options(command: click.Command) -> Iterator[tuple[str, str]]:
         if isinstance(parameter, click.Option):
             names = ", ".join(bold(name) for name in [*parameter.opts, *parameter.secondary_opts])
             if not parameter.is_flag:
-                assert parameter.metavar, f"{parameter.name} has no metavar"
-                names += f" \\fI{text(parameter.metavar)}\\fR"
+                choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ()
+                what = parameter.metavar or "|".join(choices)
+                assert what, f"{parameter.name} has no metavar"
+                names += f" \\fI{text(what)}\\fR"
             yield names, parameter.help or ""
     yield bold("--help"), "Show the usage and exit."
 
@@ -93,7 +95,7 @@ def usage(command: click.Command, name: str) -> str:
 
 
 def page(command: click.Command, name: str) -> str:
-    """One manual page. ``name`` is ``erofsgen`` or ``erofsgen VERB``."""
+    """One manual page. ``name`` is ``erofsgen``, ``erofsgen VERB`` or ``erofsgen VERB VERB``."""
     title = name.replace(" ", "-")
     verbs = {}
     if isinstance(command, click.Group):
@@ -116,20 +118,25 @@ def page(command: click.Command, name: str) -> str:
     lines += [".SH ENVIRONMENT", *entries((bold(variable), what) for variable, what in ENVIRONMENT)] if verbs else []
     lines += [".SH FILES", *entries((f"\\fI{text(file)}\\fR", what) for file, what in FILES)] if verbs else []
     lines += [".SH EXIT STATUS", *entries((bold(str(code)), meaning.replace("`", "")) for code, meaning in EXIT_CODES)]
-    also = [f".BR {text(f'erofsgen-{verb}')} (1)" for verb in verbs] or [".BR erofsgen (1)"]
+    also = [f".BR {text(f'{title}-{verb}')} (1)" for verb in verbs] or [".BR erofsgen (1)"]
     lines += [".SH SEE ALSO", ",\n".join(also)]
     return "\n".join(lines) + "\n"
 
 
 def pages() -> dict[str, str]:
     """Every page by its file name."""
-    made = {"erofsgen.1": page(program, "erofsgen")}
-    context = click.Context(program)
-    for verb in program.list_commands(context):
-        command = program.get_command(context, verb)
-        assert command is not None
-        made[f"erofsgen-{verb}.1"] = page(command, f"erofsgen {verb}")
-    return made
+    return dict(_pages(program, "erofsgen"))
+
+
+def _pages(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
+    """A command's page, and those of its verbs."""
+    yield f"{name.replace(' ', '-')}.1", page(command, name)
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for verb in command.list_commands(context):
+            found = command.get_command(context, verb)
+            assert found is not None
+            yield from _pages(found, f"{name} {verb}")
 
 
 def main(directory: Path) -> None:

@@ -42,7 +42,7 @@ def complete(cache: HostCache, cached: CachedImage, image: Image | None, progres
     while not cache.is_complete(cached):
         client = Client.connect(cache.root)
         if client is not None:
-            with client, _Shown(progress) as shown:
+            with client, Shown(progress) as shown:
                 client.worker("complete", shown.show, image=cached.digest)
             break
         try:
@@ -53,7 +53,7 @@ def complete(cache: HostCache, cached: CachedImage, image: Image | None, progres
     settle([cached.index])
 
 
-class _Shown:
+class Shown:
     """What the daemon says of its progress, as a task of ours."""
 
     def __init__(self, progress: Progress) -> None:
@@ -69,7 +69,7 @@ class _Shown:
         task.advance(done - before)
         self._tasks[label] = (task, done)
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -86,6 +86,11 @@ class CachedImage:
         except msgspec.MsgspecError as error:
             raise FormatError(f"{path}: {error}", hint="run `erofsgen pull` again") from None
 
+    @property
+    def names(self) -> list[str]:
+        """What stores call it, as far as the cache knows."""
+        return self.cache.names_of(self.digest)
+
     def open(self) -> Image:
         """The image in its store. Raises NotFoundError, and what opening the store does."""
         for url in self.stores:
@@ -136,7 +141,7 @@ class HostCache:
                 self.layout.configure(directories=directories, max_bytes=max_bytes)
             for directory in (self.layout.images, *self.layout.directories):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.room = Room(self.layout, self._evict)
+            self.room = Room(self.layout, self.evict)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -177,35 +182,41 @@ class HostCache:
         digest = names.get(known_name(name, names))
         if digest is None:
             wanted = name.removeprefix("sha256:")
-            found = [digest for digest in self._digests() if len(wanted) >= 8 and digest[7:].startswith(wanted)]
+            found = [digest for digest in self.digests() if len(wanted) >= 8 and digest[7:].startswith(wanted)]
             if len(found) != 1:
                 raise NotFoundError(f"{self.root}: no image {name!r} of {store}", hint="run `erofsgen pull`")
             digest = found[0]
-        return self._open(digest, name)
+        return self.open_image(digest, name)
 
     def images(self) -> list[CachedImage]:
         """All images of the cache that are whole."""
         found = []
-        for digest in self._digests():
+        for digest in self.digests():
             with suppress(ErofsgenError):
-                found.append(self._open(digest, digest))
+                found.append(self.open_image(digest, digest))
         return found
 
     def image_path(self, digest: str, suffix: str) -> Path:
         """A file of an image."""
         return self.layout.images / f"{digest.removeprefix('sha256:')}.{suffix}"
 
-    def _open(self, digest: str, name: str) -> CachedImage:
+    def open_image(self, digest: str, name: str | None = None) -> CachedImage:
+        """The image with this digest, called ``name`` in messages. Raises NotFoundError, FormatError."""
         stores = [store for store, names in self._names().items() if digest in names.values()]
-        return CachedImage(self, digest, name, stores)
+        return CachedImage(self, digest, name or digest, stores)
 
-    def _digests(self) -> list[str]:
+    def digests(self) -> list[str]:
+        """The manifests' digests of all images, whole or not."""
         suffix = ".json"
         return [
             f"sha256:{path.name.removesuffix(suffix)}"
             for path in self.layout.images.glob(f"*{suffix}")
             if len(path.name) == 64 + len(suffix)
         ]
+
+    def names_of(self, digest: str) -> list[str]:
+        """What stores call an image, as far as the cache knows."""
+        return sorted({name for names in self._names().values() for name, known in names.items() if known == digest})
 
     def _names(self) -> dict[str, dict[str, str]]:
         try:
@@ -290,7 +301,9 @@ class HostCache:
                     presence.clear()
                     os.truncate(files.data, pack.device_size)
 
-    def _evict(self, wanted: int) -> int:
+    def evict(self, wanted: int) -> int:
+        """Free ``wanted`` bytes, or less, of what is neither pinned nor in use. Returns how many."""
+        self.layout.reload()  # another process may have pinned something
         pinned = set(self.layout.config.pinned)
         keep = {pack.hex for image in self.images() if image.digest in pinned for pack in image.packs}
         freed = evict(self.layout.data_files(), wanted, keep=keep)

@@ -76,8 +76,13 @@ class Layout:
         """Where packs are: one directory for each disk."""
         return [Path(place) / "packs" for place in self.config.directories] or [self.root / "packs"]
 
+    def reload(self) -> None:
+        """Learn what other processes have decided meanwhile."""
+        self.config = self._read()
+
     def configure(self, *, directories: Sequence[Path] | None = None, max_bytes: int | None = None) -> None:
         """Record what is given. Directories are added to those there are: packs stay where they are."""
+        self.reload()
         config = self.config
         if directories:
             known = config.directories or ([str(self.root)] if any((self.root / "packs").glob("*.data")) else [])
@@ -86,6 +91,12 @@ class Layout:
         if max_bytes is not None:
             config = replace(config, max_bytes=max_bytes or None)
         self.write(config)
+
+    def pin(self, digest: str, *, on: bool) -> None:
+        """Keep what an image needs, or no longer."""
+        self.reload()
+        others = [pinned for pinned in self.config.pinned if pinned != digest]
+        self.write(replace(self.config, pinned=[*others, digest] if on else others))
 
     def write(self, config: CacheConfig) -> None:
         """Let ``config`` hold from now on."""

@@ -15,7 +15,11 @@ import msgspec
 
 from erofsgen.errors import ErofsgenError, UsageError
 from erofsgen.host.cache.cache import fill_packs
+from erofsgen.host.cache.manage import Removed, clear, collect, packs_of
+from erofsgen.host.cache.packfile import PackFile
+from erofsgen.host.cache.verify import Report, verify
 from erofsgen.progress import Task
+from erofsgen.store.manifest import Pack
 from erofsgen.store.open import open_store
 
 if TYPE_CHECKING:
@@ -34,6 +38,9 @@ class Tasks:
         self._worker = worker
         self._commands: dict[str, Callable[[dict[str, Any], _Progress], Any]] = {
             "complete": self._complete,
+            "gc": self._gc,
+            "clear": self._clear,
+            "verify": self._verify,
             "status": self._status,
         }
 
@@ -68,6 +75,26 @@ class Tasks:
                 worker.cache.take_over(pack, file, store)
             fill_packs(worker.engine, files, progress)
         return {}
+
+    def _gc(self, command: dict[str, Any], progress: _Progress) -> Removed:  # noqa: ARG002
+        return collect(self._worker.cache, images=bool(command["images"]), dry_run=bool(command["dry_run"]))
+
+    def _clear(self, command: dict[str, Any], progress: _Progress) -> Removed:  # noqa: ARG002
+        return clear(self._worker.cache)
+
+    def _verify(self, command: dict[str, Any], progress: _Progress) -> Report:
+        """Compare all packs with their digests."""
+        worker = self._worker
+        images = worker.cache.images()
+        for image in images:
+            worker.add_stores(image)
+
+        @contextmanager
+        def opened(pack: Pack) -> Iterator[PackFile]:
+            with worker.wanting([pack.hex]) as files:
+                yield files[0]
+
+        return verify(packs_of(images), opened, worker.engine if command["repair"] else None, progress)
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         return {"engine": self._worker.engine.stats()}

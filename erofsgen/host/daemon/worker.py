@@ -27,16 +27,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError, StorageError
+from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.daemon.channel import Channel, Message
 from erofsgen.host.daemon.housekeeping import Housekeeping
 from erofsgen.host.daemon.tasks import Tasks
 from erofsgen.host.fill.engine import Engine, Priority
-from erofsgen.host.fill.sources import describe
+from erofsgen.host.fill.sources import UrlSource, describe
 from erofsgen.store.manifest import Pack
-from erofsgen.store.open import open_store
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ class Worker:
     def add_stores(self, image: CachedImage) -> None:
         """Let the stores that are known to have an image be sources."""
         for url in image.stores:
-            self.engine.add_source(_Store(url))
+            self.engine.add_source(UrlSource(url))
 
     def _introduce(self, name: str, descriptor: int) -> None:
         with self._lock:
@@ -190,22 +189,6 @@ class Worker:
     def _close(self, pack: PackFile) -> None:
         self.engine.forget(pack)
         pack.close()
-
-
-class _Store:
-    """A store as a source, opened when it is read first, again and again until that succeeds."""
-
-    def __init__(self, url: str) -> None:
-        self.name = url
-        self._read: Callable[[str, int, int], bytes] | None = None
-
-    def read(self, digest: str, offset: int, length: int) -> bytes:
-        if self._read is None:
-            try:
-                self._read = open_store(self.name).read
-            except NotFoundError as error:  # a store that is not there does not lack this blob alone
-                raise RemoteError(str(error), hint=error.hint) from error
-        return self._read(digest, offset, length)
 
 
 def _after(ended: Future[None], call: Callable[[], None], failed: Callable[[BaseException | None], None]) -> None:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from erofsgen.errors import ErofsgenError, FormatError, IntegrityError, NotFoundError, RemoteError, StorageError
 from erofsgen.store.base import Store
+from erofsgen.store.open import open_store
 
 _FAILURES_BEFORE_REST: Final = 3
 _REST: Final = 5.0
@@ -45,6 +46,22 @@ class StoreSource:
     def __init__(self, store: Store) -> None:
         self.name = store.url
         self.read = store.read
+
+
+class UrlSource:
+    """A store as a source, opened when it is read first, again and again until that succeeds."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url
+        self._read: Callable[[str, int, int], bytes] | None = None
+
+    def read(self, digest: str, offset: int, length: int) -> bytes:
+        if self._read is None:
+            try:
+                self._read = open_store(self.name).read
+            except NotFoundError as error:  # a store that is not there does not lack this blob alone
+                raise RemoteError(str(error), hint=error.hint) from error
+        return self._read(digest, offset, length)
 
 
 @dataclass(frozen=True, slots=True)
