@@ -1,8 +1,9 @@
 """From a container image to Python running from a kernel EROFS mount, with what each step took.
 
 Makes a real multi-layer image on this machine (cached in ``.cache``), converts it with ``erofsgen build``, converts
-its next version, mounts the first lazily with ``erofsgen mount``, runs Python inside, shows how much of the image that
-has brought to this host, and reads the rest. Every command is shown before it runs. Needs root to mount. Cleans up after itself, also when it fails or is interrupted.
+its next version, mounts the first lazily with ``erofsgen mount``, runs Python inside, shows how much of the image
+that has brought to this host, and reads the rest. Every command is shown before it runs. Needs root to mount. Cleans up
+after itself, also when it fails or is interrupted.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ class Host:
                 with connection:
                     connection.stop(force=True)
         except BusyError as error:
-            raise AssertionError(self.log()) from error  # it says why
+            try:  # it may have been stopping already
+                eventually(lambda: processes(self.root) == [])
+            except AssertionError:
+                raise AssertionError(self.log()) from error  # it says why
         finally:
             for pid in processes(self.root):
                 os.kill(pid, signal.SIGKILL)

@@ -221,12 +221,14 @@ def test_a_supervisor_can_be_replaced_by_a_new_version(wide: Sample, host: Host,
 def test_all_holders_killed_at_once(wide: Sample, host: Host, mount_point: Path) -> None:
     """The one case in which the kernel lets readers pass: the next daemon ends it before anything else happens."""
     host.mount(wide.image, mount_point)
-    kept = (mount_point / "one").open("rb", buffering=0)
-    assert kept.read(CHUNK) == wide.files["one"][:CHUNK]
-    host.kill("standby", "pid", "worker")
-    eventually(lambda: processes(host.root) == [])
-    host.start()
-    with kept:
+    with (mount_point / "one").open("rb", buffering=0) as kept:
+        assert kept.read(CHUNK) == wide.files["one"][:CHUNK]
+        status = host.status()
+        os.kill(status["pid"], signal.SIGSTOP)  # or it would start another standby
+        for name in ("standby", "pid", "worker"):
+            os.kill(status[name], signal.SIGKILL)
+        eventually(lambda: processes(host.root) == [])
+        host.start()
         kept.seek(40 * CHUNK)
         with pytest.raises(OSError, match="Input/output error"):
             kept.read(4096)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,8 +55,8 @@ class Client:
     def stop(self, *, force: bool = False) -> None:
         """Have the daemon end, and wait until it has. Raises BusyError where lazy mounts need it, unless ``force``."""
         self.call("stop", force=force)
-        while self._lines.readline():
-            pass
+        with suppress(ConnectionError):
+            self._lines.readline()  # comes to an end with the process
 
     def worker(self, do: str, progress: Progress | None = None, **arguments: Any) -> dict[str, Any]:  # noqa: ANN401
         """Have the worker do something. The connection is of no use afterwards."""
