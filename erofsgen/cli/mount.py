@@ -15,7 +15,7 @@ from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, p
 @plane_options
 @click.option("--rw", is_flag=True, help="Writable: an overlay whose changes go to an upper directory.")
 @click.option("--upper", type=click.Path(path_type=Path), metavar="DIR", help="Where the changes go; implies --rw.")
-@click.option("--read-ahead", type=Size(), metavar="SIZE", help="What EROFS reads ahead in a lazy mount.  [1M]")
+@click.option("--read-ahead", type=Size(), metavar="SIZE", help="What EROFS reads ahead in a lazy mount.  [512K]")
 @cache_options
 def command(
     settings: Settings,

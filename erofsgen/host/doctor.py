@@ -23,7 +23,6 @@ CHECKS: Final[tuple[Check, ...]] = (
     probes.fanotify,
     probes.fanotify_limits,
     probes.descriptors,
-    probes.dontcache,
     probes.reflink,
     probes.lease,
     probes.xattr,

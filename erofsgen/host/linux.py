@@ -58,7 +58,6 @@ NR_OPENAT2: Final = 437  # asm-generic/unistd.h
 PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 RESOLVE_IN_ROOT: Final = 0x10  # linux/openat2.h
 RESOLVE_NO_MAGICLINKS: Final = 0x2  # linux/openat2.h
-RWF_DONTCACHE: Final = 0x80  # linux/fs.h
 UMOUNT_NOFOLLOW: Final = 8  # linux/fs.h
 IOPRIO_CLASS_IDLE: Final = 3  # linux/ioprio.h
 IOPRIO_CLASS_SHIFT: Final = 13

@@ -165,15 +165,6 @@ class _Reader(threading.Thread):
             os.close(self._descriptor)
 
 
-def dontcache(directory: Path) -> Finding:
-    """Reads that leave nothing in the page cache."""
-
-    def read(file: IO[bytes]) -> None:
-        os.preadv(file.fileno(), [bytearray(_BLOCK)], 0, linux.RWF_DONTCACHE)
-
-    return _attempt(directory, "RWF_DONTCACHE", "data is cached twice; Linux 6.14 has it on ext4, xfs and btrfs", read)
-
-
 def reflink(directory: Path) -> Finding:
     """Files that share extents."""
 

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from erofsgen.errors import FormatError, IntegrityError
 from erofsgen.pack import format as fmt
-from erofsgen.pack.writer import TocLocation
+from erofsgen.pack.location import TocLocation
 
 ReadRange = Callable[[int, int], bytes]
 """(offset, length) to exactly that many bytes of the pack."""

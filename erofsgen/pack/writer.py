@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from blake3 import blake3
 
 from erofsgen.pack import format as fmt
+from erofsgen.pack.location import TocLocation
 
 
 class Output(Protocol):
@@ -17,15 +17,6 @@ class Output(Protocol):
 
     def write(self, data: bytes | bytearray | memoryview, /) -> object:
         """Append all of ``data``."""
-
-
-@dataclass(frozen=True)
-class TocLocation:
-    """Where a pack's TOC is and how to know it: byte range within the pack, and BLAKE3 of those bytes in hex."""
-
-    offset: int
-    size: int
-    digest: str
 
 
 class PackWriter:

@@ -2,6 +2,8 @@
 
 The chain of trust runs from the manifest's digest: it names the index by digest and every pack by digest and by the
 digest of its TOC; the TOC names every frame. Nothing is handed out that has not been checked along that chain.
+
+What reads indexes and packs is imported where it is used: opening an image is a matter of milliseconds.
 """
 
 from __future__ import annotations
@@ -9,18 +11,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import zstandard
 
-from erofsgen.erofs.node import Node
-from erofsgen.erofs.reader import Index
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
-from erofsgen.pack.reader import FrameCache, PackReader
-from erofsgen.pack.toc import Toc
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
+
+if TYPE_CHECKING:
+    from erofsgen.erofs.node import Node
+    from erofsgen.erofs.reader import Index
+    from erofsgen.pack.reader import FrameCache, PackReader
 
 _INDEX_LIMIT: Final = 16 << 30
 
@@ -44,7 +46,7 @@ class Image:
         self.index_descriptor = layers[0]
         self.packs = tuple(pack_from_descriptor(layer, slot, of=name) for slot, layer in enumerate(layers[1:], 1))
         self._readers: dict[int, PackReader] = {}
-        self._kept = FrameCache()
+        self._kept: FrameCache | None = None
 
     @classmethod
     def open(cls, store: Store, name: str) -> Image:
@@ -76,6 +78,8 @@ class Image:
 
     def index_bytes(self) -> bytes:
         """The EROFS image, decompressed and checked."""
+        import zstandard
+
         descriptor = self.index_descriptor
         size = number(self.name, descriptor, INDEX_SIZE, _INDEX_LIMIT)
         data = read_blob(self.store, descriptor.digest, descriptor.size, limit=_INDEX_LIMIT)
@@ -90,6 +94,8 @@ class Image:
     @cached_property
     def index(self) -> Index:
         """The index, opened. Its device slots are checked against the manifest's packs."""
+        from erofsgen.erofs.reader import Index
+
         index = Index(self.index_bytes())
         named = [(pack.hex, pack.device_size // 4096) for pack in self.packs]
         if [(device.tag, device.blocks) for device in index.devices] != named:
@@ -98,8 +104,11 @@ class Image:
 
     def pack_reader(self, slot: int) -> PackReader:
         """Random access to the device in ``slot`` (1..N). Raises FormatError for other numbers."""
+        from erofsgen.pack.reader import FrameCache
+
         reader = self._readers.get(slot)
         if reader is None:
+            self._kept = FrameCache() if self._kept is None else self._kept
             if not 1 <= slot <= len(self.packs):
                 raise FormatError(f"{self.name}: no device {slot}")
             reader = self._readers[slot] = open_pack(self.store, self.packs[slot - 1], kept=self._kept)
@@ -121,6 +130,9 @@ class Image:
 
 def open_pack(store: Store, pack: Pack, *, kept: FrameCache | None = None) -> PackReader:
     """Read and check a pack's TOC, then give access to its device bytes. ``kept`` is a cache to share, if any."""
+    from erofsgen.pack.reader import PackReader
+    from erofsgen.pack.toc import Toc
+
     what = f"pack {pack.digest}"
     toc = Toc(store.read(pack.digest, pack.toc.offset, pack.toc.size), pack.toc, what=what)
     if toc.raw != pack.raw or toc.device_size != pack.device_size:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from erofsgen.errors import FormatError
-from erofsgen.pack.writer import TocLocation
+from erofsgen.pack.location import TocLocation
 from erofsgen.store.base import Descriptor
 
 MANIFEST_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from erofsgen.errors import FormatError, IntegrityError
 from erofsgen.pack import format as fmt
+from erofsgen.pack.location import TocLocation
 from erofsgen.pack.reader import PackReader
 from erofsgen.pack.toc import Toc, locate, read_dictionary
-from erofsgen.pack.writer import PackWriter, TocLocation
+from erofsgen.pack.writer import PackWriter
 
 FRAMES = st.lists(st.tuples(st.integers(1, 5), st.binary(min_size=1, max_size=64)), max_size=8)
 

@@ -8,6 +8,8 @@ Crash rules: indexes see :mod:`erofsgen.host.cache.part`. Manifests, configs and
 whenever they are used, so one that power took is fetched again. A pack's map is made before its data file; a data file
 whose size is not its device's is a new one, and its map is cleared.
 
+A mount that finds everything here must take milliseconds: what reads TOCs and fills is imported where it is used.
+
 Locks: ``lock.fill``, then a pack's map (flock), then the map's own. Users of packs hold the map's flock shared.
 """
 
@@ -23,29 +25,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from blake3 import blake3
 
 from erofsgen.errors import BusyError, ErofsgenError, FormatError, IntegrityError, NotFoundError
-from erofsgen.host import linux
 from erofsgen.host.cache.evict import evict
 from erofsgen.host.cache.files import Layout, PackFiles, replace_file
-from erofsgen.host.cache.flat import write_flat
 from erofsgen.host.cache.frames import frame_starts
-from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.cache.part import Part, settle, storage
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.room import Room
-from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.oci.reference import known_name
-from erofsgen.pack.toc import Toc
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
-from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image, read_blob
 from erofsgen.store.manifest import MANIFEST_LIMIT, Manifest, Pack, pack_from_descriptor
 from erofsgen.store.open import open_store
+
+if TYPE_CHECKING:
+    from erofsgen.host.cache.packfile import PackFile
 
 _FETCHERS: Final = 8
 """Tables of contents fetched at a time."""
@@ -261,6 +261,9 @@ class HostCache:
 
     def open_pack(self, pack: Pack, descriptor: int | None = None) -> PackFile:
         """A pack of an image, see :class:`PackFile`. Raises NotFoundError, IntegrityError, StorageError."""
+        from erofsgen.host.cache.packfile import PackFile
+        from erofsgen.pack.toc import Toc
+
         files = self.files(pack.hex)
         with storage(files.toc):
             data = files.toc.read_bytes()
@@ -270,9 +273,8 @@ class HostCache:
         files = self.layout.find(pack.hex)
         try:
             if files is not None:
-                _check_toc(files.toc.read_bytes(), pack)
-                return True
-        except (FileNotFoundError, FormatError):
+                return blake3(files.toc.read_bytes()).hexdigest() == pack.toc.digest
+        except FileNotFoundError:
             pass
         return False
 
@@ -337,40 +339,9 @@ class HostCache:
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
         """
-        with ExitStack() as opened:
-            packs = [(pack, self.open_pack(pack)) for pack in image.packs]
-            for _, file in packs:
-                opened.callback(file.close)
-            # A store that can fail has its own retries; here a failure is the user's to see at once
-            engine = opened.enter_context(Engine([StoreSource(store)], retries=0))
-            for pack, file in packs:
-                self.take_over(pack, file, store)
-            fill_packs(engine, [file for _, file in packs], progress)
+        from erofsgen.host.cache.filling import fill
 
-    def take_over(self, pack: Pack, file: PackFile, store: Store | None) -> None:
-        """Let count what is here already: frames of another boot, and blobs that the file system can share."""
-        file.recover(file.presence.suspects())
-        if pack.raw and isinstance(store, DirectoryStore) and not file.presence.count():
-            self._share(pack, file, store)
-
-    def _share(self, pack: Pack, file: PackFile, store: DirectoryStore) -> None:
-        """Take a raw pack's bytes by reference where the file system can, and let those count that are right."""
-        try:
-            source = os.open(store.blob_path(pack.digest), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return  # reading it says what is wrong
-        try:
-            self.room.reserve(pack.device_size)
-            linux.clone_file(source, file.descriptor)
-            os.ftruncate(file.descriptor, pack.device_size)
-        except OSError:
-            self.room.give_back(pack.device_size)
-            return
-        finally:
-            os.close(source)
-        for frame in range(len(file.toc)):
-            if file.is_right(frame):
-                file.presence.mark_written(frame)
+        fill(self, image, store, progress)
 
     def materialise(self, image: Image, progress: Progress = SILENT) -> tuple[Path, list[Path]]:
         """Make all of an image local: its index, and its packs' data files in device-slot order. As :meth:`fill`."""
@@ -383,6 +354,8 @@ class HostCache:
 
     def materialise_flat(self, image: Image, progress: Progress = SILENT) -> Path:
         """Make all of an image local in one file. Raises as :meth:`fill` does."""
+        from erofsgen.host.cache.flat import write_flat
+
         path = self.image_path(image.digest, "flat")
         write_flat(image, path, progress, threads=self._threads)
         return path
@@ -396,29 +369,6 @@ class HostCache:
         return True
 
 
-def fill_packs(engine: Engine, packs: Sequence[PackFile], progress: Progress) -> None:
-    """Bring all that is missing of ``packs``. The first error is raised when all have come to an end."""
-    missing = {file: file.missing(range(len(file.toc))) for file in packs}
-    total = sum(int(file.toc.device_sizes[frames].sum()) for file, frames in missing.items() if frames)
-    if not total:
-        return
-    with progress.task("packs", total) as task:
-        before = done = engine.stats()["bytes_written"]
-        futures = [
-            engine.request(file, 0, file.toc.device_size, priority=Priority.PREFETCH)
-            for file, frames in missing.items()
-            if frames
-        ]
-        while not all(future.done() for future in futures):
-            time.sleep(_LOOK / 10)
-            now = min(engine.stats()["bytes_written"], before + total)
-            task.advance(now - done)
-            done = now
-        for future in futures:
-            future.result()
-        task.advance(before + total - done)
-
-
 def pack_frames(files: PackFiles) -> int:
     """How many frames a pack has, by its TOC. Raises StorageError, FormatError."""
     with storage(files.toc):
@@ -426,6 +376,8 @@ def pack_frames(files: PackFiles) -> int:
 
 
 def _check_toc(data: bytes, pack: Pack) -> None:
+    from erofsgen.pack.toc import Toc
+
     what = f"pack {pack.digest}"
     toc = Toc(data, pack.toc, what=what)
     if toc.raw != pack.raw or toc.device_size != pack.device_size:

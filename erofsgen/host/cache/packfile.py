@@ -26,6 +26,12 @@ _SETTLED: Final = 60
 """Seconds after which the kernel has written most by itself: dirty_expire_centisecs, and then some."""
 
 
+_READ: Final = 10.0
+"""Seconds after which a frame that was wanted has been read from the data file."""
+_FORGOTTEN: Final = 300.0
+"""Seconds after which the page cache is left to decide."""
+
+
 class PackFile:
     """The pack in ``files``. Safe for threads. Raises StorageError.
 
@@ -39,7 +45,7 @@ class PackFile:
         self.toc = toc
         self._room = room
         self._written_at = 0.0
-        self._uncached = True
+        self._cached: dict[int, float] = {}  # frames in the page cache by our writing, and since when
         self._lock = threading.Lock()
         try:
             self.descriptor = os.open(files.data, os.O_RDWR | os.O_CLOEXEC) if descriptor is None else descriptor
@@ -92,7 +98,10 @@ class PackFile:
             if fresh:
                 self._punch(frame)
             raise
-        self._written_at = time.monotonic()
+        now = time.monotonic()
+        with self._lock:
+            self._written_at = now
+            self._cached[frame] = now
 
     def overwrite(self, frame: int, data: bytes) -> None:
         """Repair a frame in place: readers see its old bytes or its new ones, never a hole."""
@@ -111,6 +120,24 @@ class PackFile:
             self._written_at = 0.0
             self.presence.make_durable(lambda: os.fdatasync(self.descriptor))
 
+    def uncache(self) -> None:
+        """Take frames out of the page cache that were read a while ago: EROFS keeps its own copy of what was read.
+
+        What nobody has used yet stays for who it was brought for. The first call for a frame has the kernel write it,
+        the next drops it (mm/fadvise.c, POSIX_FADV_DONTNEED).
+        """
+        now = time.monotonic()
+        with self._lock:
+            due = [frame for frame, since in self._cached.items() if now - since > _READ]
+        uses = self.presence.last_uses() if due else []
+        for frame in due:
+            if uses[frame]:
+                start, size = int(self.toc.device_offsets[frame]), int(self.toc.device_sizes[frame])
+                os.posix_fadvise(self.descriptor, start, size, os.POSIX_FADV_DONTNEED)
+            if now - self._cached[frame] > _FORGOTTEN or (uses[frame] and now - self._cached[frame] > 2 * _READ):
+                with self._lock:
+                    del self._cached[frame]
+
     def close(self) -> None:
         """Let go of the files."""
         self.presence.close()
@@ -119,15 +146,7 @@ class PackFile:
     def _write(self, view: memoryview, offset: int) -> None:
         try:
             while view:
-                # EROFS caches what it reads: without this flag the page cache would hold everything twice
-                flags = linux.RWF_DONTCACHE if self._uncached else 0
-                try:
-                    written = os.pwritev(self.descriptor, [view], offset, flags)
-                except OSError as error:
-                    if error.errno != errno.EOPNOTSUPP or not flags:
-                        raise
-                    self._uncached = False
-                    continue
+                written = os.pwrite(self.descriptor, view, offset)
                 offset += written
                 view = view[written:]
         except OSError as error:

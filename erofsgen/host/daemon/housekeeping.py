@@ -55,6 +55,8 @@ class Housekeeping:
             time.sleep(_INTERVAL)
             try:
                 self._look()
+                for pack in self._worker.packs():
+                    pack.uncache()
                 if time.monotonic() >= settle:
                     for pack in self._worker.packs():
                         pack.settle()

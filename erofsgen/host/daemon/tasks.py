@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from erofsgen.errors import ErofsgenError, UsageError
-from erofsgen.host.cache.cache import fill_packs
+from erofsgen.host.cache.filling import fill_packs, take_over
 from erofsgen.host.cache.manage import Removed, clear, collect, packs_of
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.cache.verify import Report, verify
@@ -72,7 +72,7 @@ class Tasks:
         store = next((open_store(url) for url in image.stores), None)
         with worker.wanting([pack.hex for pack in image.packs]) as files:
             for pack, file in zip(image.packs, files, strict=True):
-                worker.cache.take_over(pack, file, store)
+                take_over(worker.cache, pack, file, store)
             fill_packs(worker.engine, files, progress)
         return {}
 

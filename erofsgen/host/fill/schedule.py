@@ -15,7 +15,8 @@ does, because it frees memory. What is not DEMAND is *background*, and holds bac
 - it occupies at most three quarters of the threads, so a thread is always left to read for demand;
 - it occupies at most three quarters of the memory;
 - no more of it is opened at a time than there are cores;
-- none of it is opened, so none is written either, while bytes for demand are being opened or wait for that.
+- none of it is opened, so none is written either, while bytes for demand are being opened or wait for that; but for
+  READ_AROUND, which the same reader waits for next, on cores that demand leaves.
 
 A frame has one place here whoever asks for it (single-flight); a demand for one in the background takes it along, in
 whatever state it is. Queues are not searched for that: the frame is also put into the better queue, and its stale
@@ -323,7 +324,7 @@ class Schedule:
             fetched = self._fetched[priority]
             while fetched and not (fetched[0].state is State.FETCHED and fetched[0].priority is priority):
                 fetched.popleft()
-            if fetched and not (background and (self._urgent or self._background_opening >= self._cores)):
+            if fetched and not (background and self._holds_back(priority)):
                 return fetched
             queued = self._queued[priority]
             while queued and not self._is_current(queued[0], priority):
@@ -333,6 +334,12 @@ class Schedule:
                     return queued
                 memory_left = False  # what comes free is for this frame, not for smaller ones behind it
         return None
+
+    def _holds_back(self, priority: Priority) -> bool:
+        """Whether the cores are for what is more urgent. What a reader wants next may use those that demand leaves."""
+        if priority is Priority.READ_AROUND:
+            return self._urgent + self._background_opening >= self._cores
+        return self._urgent > 0 or self._background_opening >= self._cores
 
     def _is_current(self, frame: Frame, priority: Priority) -> bool:
         if frame.state is not State.QUEUED or frame.priority is not priority:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
@@ -32,8 +31,8 @@ from erofsgen.host.pull import complete
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
 
-READ_AHEAD: Final = 1024
-"""KiB that EROFS reads ahead of a sequential reader of a lazy mount: a frame at a time. See docs/decisions.md."""
+READ_AHEAD: Final = 512
+"""KiB that EROFS reads ahead of a sequential reader of a lazy mount, by measurement: see docs/decisions.md."""
 
 
 def mount(
@@ -77,7 +76,7 @@ def mount(
         cache.materialise_flat(image if isinstance(image, Image) else cached.open(), progress)
     elif plane == "eager":
         complete(cache, cached, image if isinstance(image, Image) else None, progress)
-    identity = secrets.token_hex(8)
+    identity = os.urandom(8).hex()
     with ExitStack() as undo, ExitStack() as held:
         if via == "loop":
             index, devices = cache.image_path(cached.digest, "flat"), []

@@ -8,10 +8,11 @@
     ├── upper/<id>/             data and work directory of a read-write mount whose changes are thrown away
     └── lock.mounts             exclusive while any of these, or a mount, changes; never held while data is fetched
 
-A state is durable before its mount becomes visible and removed after it is gone. So a crash leaves a state without a
-mount, never a mount without a state, and whoever takes the lock next sweeps: a state whose mount is not in mountinfo
-any more (crash, reboot, umount(8)) goes, together with the changes that were to be thrown away, and so does what lies
-in ``mnt`` and ``upper`` without a state. A mount is recognised by boot, mount id and device number. A mount in another
+A state is written before its mount becomes visible and removed after it is gone. So a crash leaves a state without a
+mount, never a mount without a state. Power takes the mounts away and may leave states empty, since nothing waits for
+the disk here. Whoever takes the lock next sweeps: an empty state, and one whose mount is not in mountinfo any more
+(crash, reboot, umount(8)) goes, together with the changes that were to be thrown away, and so does what lies in ``mnt``
+and ``upper`` without a state. A mount is recognised by boot, mount id and device number. A mount in another
 mount namespace cannot be seen from here: its state stays until it is unmounted there, or until the next boot.
 """
 
@@ -100,10 +101,7 @@ class MountStates:
         temporary = self._states / f"{info.id}.part"
         with storage(temporary):
             try:
-                with temporary.open("w") as file:
-                    file.write(info.to_json())
-                    file.flush()
-                    os.fsync(file.fileno())
+                temporary.write_text(info.to_json())
                 temporary.rename(self._states / f"{info.id}.json")
             except BaseException:
                 temporary.unlink(missing_ok=True)
@@ -149,12 +147,17 @@ class MountStates:
         own = (self._states, self._private, self._uppers, self.root / "packs", self.root / "images")
         return self.root.is_relative_to(target) or any(target.is_relative_to(directory) for directory in own)
 
+    def _is_mounted(self, info: MountInfo) -> bool:
+        return info.boot_id == linux.boot_id() and any(
+            point.id == info.mount_id and point.device == info.device for point in linux.mount_points()
+        )
+
     def _sweep(self) -> list[MountInfo]:
         points = {point.id: point for point in linux.mount_points()}
         boot, here = linux.boot_id(), namespace()
         found = []
         for state in sorted(self._states.iterdir()):
-            if state.suffix != ".json":
+            if state.suffix != ".json" or not state.stat().st_size:
                 state.unlink(missing_ok=True)
                 continue
             info = _read(state)
@@ -164,8 +167,10 @@ class MountStates:
             elif info.boot_id == boot and point is not None and point.device == info.device:
                 # a mount can be moved
                 found.append(msgspec.structs.replace(info, target=point.target))
-            else:
+            elif not self._is_mounted(info):  # mountinfo is read in pieces while others mount: look again
                 self.forget(info)
+            else:
+                found.append(info)
         for directory in self._private.iterdir():
             with suppress(OSError):
                 while True:  # EINVAL: not a mount point any more

@@ -20,12 +20,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from erofsgen.erofs.tree import BLOCK
 from erofsgen.errors import BusyError, ErofsgenError, FormatError, StorageError, UnsupportedError
 from erofsgen.host import linux
 
 _LOOP_ATTEMPTS: Final = 64
 """Loop devices to try: another process may take the free one first."""
+
+_BLOCK: Final = 4096
+"""EROFS's block size (erofsgen.erofs.tree), without importing all that writes it."""
 
 _BACKING_DEVICES: Final = "/sys/class/bdi"
 
@@ -207,11 +209,11 @@ def _attach_loop(path: Path) -> int:
                 try:
                     # direct: or every page would be cached twice, under the loop device and above it
                     direct = flags | linux.LO_FLAGS_DIRECT_IO
-                    linux.loop_configure(loop, backing, direct, block_size=BLOCK, name=str(path))
+                    linux.loop_configure(loop, backing, direct, block_size=_BLOCK, name=str(path))
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    linux.loop_configure(loop, backing, flags, block_size=BLOCK, name=str(path))
+                    linux.loop_configure(loop, backing, flags, block_size=_BLOCK, name=str(path))
             except OSError as error:
                 os.close(loop)
                 if error.errno != errno.EBUSY:
