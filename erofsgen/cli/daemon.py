@@ -45,6 +45,14 @@ from erofsgen.errors import NotFoundError
     show_default=True,
     help="Complete a pack in the background when so many per cent are here; 101: never.",
 )
+@click.option(
+    "--scrub",
+    type=Size(),
+    metavar="SIZE",
+    default="0",
+    show_default=True,
+    help="Bytes a second of the cache to verify and repair in the background; 0: none.",
+)
 @click.option("--stop", is_flag=True, help="End the daemon that runs.")
 @click.option("--force", is_flag=True, help="With --stop: although images are mounted; what is missing gives EIO.")
 @cache_options
@@ -56,6 +64,7 @@ def command(
     memory: int,
     threads: int,
     complete_at: int,
+    scrub: int,
     stop: bool,
     force: bool,
 ) -> None:
@@ -67,7 +76,7 @@ def command(
         _stop(settings, force)
         return
     settings.cache()
-    worker = ["--threads", threads, "--memory", memory, "--complete-at", complete_at / 100]
+    worker = ["--threads", threads, "--memory", memory, "--complete-at", complete_at / 100, "--scrub", scrub]
     arguments = ["--root", settings.root, "--plane", plane, "--deadline", deadline, "--read-ahead", read_ahead]
     os.execv(  # noqa: S606  (the program goes on as the supervisor, without what this one has imported)
         sys.executable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +28,8 @@ INDEX_SIZE: Final = "org.erofsgen.index.size"
 """On the index's descriptor: bytes of the EROFS image, uncompressed."""
 CHUNK_SIZE: Final = "org.erofsgen.chunk.size"
 """On the manifest: the chunk size it was built with."""
+
+_SHA256: Final = re.compile("sha256:[0-9a-f]{64}")
 
 MANIFEST_LIMIT: Final = 64 << 20
 """Bytes of a manifest or config at most: 65,535 packs fit."""
@@ -76,6 +79,8 @@ def pack_from_descriptor(layer: Descriptor, slot: int = 0, *, of: str = "pack") 
     """The pack that a descriptor names, in device ``slot`` where it has one. Raises FormatError naming ``of``."""
     if layer.media_type not in (ZSTD_PACK_TYPE, RAW_PACK_TYPE):
         raise FormatError(f"{of}: blob {layer.digest} has the unknown media type {layer.media_type!r}")
+    if not _SHA256.fullmatch(layer.digest):  # it becomes the name of a file
+        raise FormatError(f"{of}: pack {layer.digest!r} has no sha256 digest")
     digest = layer.annotations.get(TOC_DIGEST, "")
     if not digest.startswith("blake3:"):
         raise FormatError(f"{of}: pack {layer.digest}: no usable {TOC_DIGEST} annotation")

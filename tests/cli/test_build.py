@@ -96,9 +96,11 @@ def test_a_full_store(erofsgen, sample_tars: tuple[Path, Path], mount_point: Pat
     assert os.listdir(mount_point / "store" / "erofsgen" / "tmp") == []
 
 
-def test_names_as_docker_has_them(own_sample):
+def test_names_as_docker_has_them(own_sample, tmp_path):
     """What was built from Docker Hub is found by its short name, too."""
-    own_sample("build", f"dir:{own_sample.store}", "--tag", "docker.io/library/python:3")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"content" * 1000)
+    own_sample("build", f"dir:{tmp_path / 'tree'}", "--tag", "docker.io/library/python:3")
     for name in (
         "python:3",
         "library/python:3",

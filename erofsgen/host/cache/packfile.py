@@ -19,7 +19,7 @@ from erofsgen.errors import StorageError
 from erofsgen.host import linux
 from erofsgen.host.cache.files import PackFiles
 from erofsgen.host.cache.presence import Presence
-from erofsgen.host.cache.room import Room
+from erofsgen.host.cache.room import FRAME_COST, Room
 from erofsgen.pack.toc import Toc
 
 _SETTLED: Final = 60
@@ -88,9 +88,9 @@ class PackFile:
 
     def write_frame(self, frame: int, data: bytes) -> None:
         """Take a frame's verified bytes. It is there when this returns."""
-        fresh = not self.presence.occupied(frame)
+        fresh = not self.ready(frame, frame)  # power may have taken the room of one of another boot, too
         if fresh:
-            self._room.reserve(len(data))
+            self._room.reserve(len(data) + FRAME_COST)
         try:
             self._write(memoryview(data), int(self.toc.device_offsets[frame]))
             self.presence.mark_written(frame)
@@ -105,6 +105,7 @@ class PackFile:
 
     def overwrite(self, frame: int, data: bytes) -> None:
         """Repair a frame in place: readers see its old bytes or its new ones, never a hole."""
+        self.presence.mark_written(frame)  # no longer durable: power may leave half of it
         self._write(memoryview(data), int(self.toc.device_offsets[frame]))
         self.presence.mark_written(frame)
 
@@ -159,5 +160,5 @@ class PackFile:
             linux.punch_hole(self.descriptor, int(self.toc.device_offsets[frame]), size)
         except OSError:
             return 0  # the room stays taken; the next count sees
-        self._room.give_back(size)
+        self._room.give_back(size + FRAME_COST)
         return size

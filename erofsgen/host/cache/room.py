@@ -1,8 +1,9 @@
 """The cache's byte limit: nothing is written before there is room for it.
 
-``ROOT/ledger`` holds the bytes in use, eight of them, under an open-file-description lock; every process adds to it
-before it writes, and takes away after it has given back. So a crash leaves the number too high, never too low. Whoever
-holds ``lock.fill`` counts anew when it begins, when nobody else writes frames.
+``ROOT/ledger`` holds the bytes in use, and the boot in which they were counted, under an open-file-description lock;
+every process adds to it before it writes, and takes away after it has given back. So the death of a process leaves the
+number too high, never too low; in another boot it is counted anew. So it is by whoever holds ``lock.fill`` when it
+begins, when nobody else writes frames.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Final
 
 from erofsgen.errors import StorageError
 from erofsgen.host.cache.files import Layout
-from erofsgen.host.cache.presence import locked
+from erofsgen.host.cache.presence import boot_id, locked
 
-_COUNT: Final = Struct("<Q")
+_COUNT: Final = Struct("<16sQ")  # boot id, bytes in use
+FRAME_COST: Final = 4096
+"""Bytes that a frame takes besides its own: the file system notes where they are (ext4: a block of the extent tree)."""
+
 _HYSTERESIS: Final = 64
 """One of so many parts of the limit is freed beyond what is needed, so that not every frame evicts one."""
 
@@ -34,6 +38,7 @@ class Room:
         self._evict = evict
         self._lock = threading.Lock()
         self._evicting = threading.Lock()
+        self._boot = boot_id()
         self._descriptor = os.open(layout.root / "ledger", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     @property
@@ -87,12 +92,14 @@ class Room:
     def _read(self) -> int:
         data = os.pread(self._descriptor, _COUNT.size, 0)
         if len(data) == _COUNT.size:
-            return int(_COUNT.unpack(data)[0])
+            boot, used = _COUNT.unpack(data)
+            if boot == self._boot:
+                return int(used)
         return self._layout.allocated()
 
     def _write(self, used: int) -> None:
         try:
-            os.pwrite(self._descriptor, _COUNT.pack(used), 0)
+            os.pwrite(self._descriptor, _COUNT.pack(self._boot, used), 0)
         except OSError as error:
             raise StorageError(f"{self._layout.root / 'ledger'}: {error.strerror}") from error
 

@@ -16,10 +16,8 @@ import msgspec
 from erofsgen.errors import ErofsgenError, UsageError
 from erofsgen.host.cache.filling import fill_packs, take_over
 from erofsgen.host.cache.manage import Removed, clear, collect, packs_of
-from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.cache.verify import Report, verify
 from erofsgen.progress import Task
-from erofsgen.store.manifest import Pack
 from erofsgen.store.open import open_store
 
 if TYPE_CHECKING:
@@ -88,13 +86,7 @@ class Tasks:
         images = worker.cache.images()
         for image in images:
             worker.add_stores(image)
-
-        @contextmanager
-        def opened(pack: Pack) -> Iterator[PackFile]:
-            with worker.wanting([pack.hex]) as files:
-                yield files[0]
-
-        return verify(packs_of(images), opened, worker.engine if command["repair"] else None, progress)
+        return verify(packs_of(images), worker.opened, worker.engine if command["repair"] else None, progress)
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         return {"engine": self._worker.engine.stats()}

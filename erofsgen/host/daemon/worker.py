@@ -32,6 +32,7 @@ from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.daemon.channel import Channel, Message
 from erofsgen.host.daemon.housekeeping import Housekeeping
+from erofsgen.host.daemon.scrub import Scrubber
 from erofsgen.host.daemon.tasks import Tasks
 from erofsgen.host.fill.engine import Engine, Priority
 from erofsgen.host.fill.sources import UrlSource, describe
@@ -61,10 +62,13 @@ class Worker:
         self._recover = ThreadPoolExecutor(_RECOVERERS, "recover")
         self._housekeeping = Housekeeping(self, complete_at=options.complete_at)
         self._tasks = Tasks(self)
+        self._scrub = options.scrub
 
     def run(self) -> None:
         """Until the supervisor goes."""
         self._housekeeping.start()
+        if self._scrub:
+            Scrubber(self, self._scrub).start()
         while (received := self._channel.receive()) is not None:
             message, descriptors = received
             try:
@@ -149,6 +153,12 @@ class Worker:
             del self._wanted[token]
             self.tell({"do": "leave", "token": token})
 
+    @contextmanager
+    def opened(self, pack: Pack) -> Iterator[PackFile]:
+        """One pack to write to, for :func:`~erofsgen.host.cache.verify.verify`."""
+        with self.wanting([pack.hex]) as files:
+            yield files[0]
+
     def packs(self) -> list[PackFile]:
         """Those that are open."""
         with self._lock:
@@ -206,6 +216,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--memory", type=int, default=48 << 20)
     parser.add_argument("--complete-at", type=float, default=0.75)
+    parser.add_argument("--scrub", type=int, default=0)
     parser.add_argument("channel", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
