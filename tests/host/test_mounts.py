@@ -550,7 +550,8 @@ def test_kill_in_the_middle(sample, root, mount_point, how, dies_in):
 
 @pytest.mark.parametrize("rw", [False, True])
 @pytest.mark.parametrize(
-    "failing", ["erofsgen.host.linux.move_mount", "erofsgen.host.mount.state.MountStates.write", "os.fsync"]
+    "failing",
+    ["erofsgen.host.linux.move_mount", "erofsgen.host.mount.state.MountStates.write", "pathlib.Path.write_text"],
 )
 def test_failure_in_the_middle(sample, root, mount_point, tmp_path, monkeypatch, rw, failing):
     mount(sample.image, mount_point, root=root)  # so that the cache is complete
