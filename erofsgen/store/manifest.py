@@ -80,7 +80,7 @@ def pack_from_descriptor(layer: Descriptor, slot: int = 0, *, of: str = "pack") 
     if layer.media_type not in (ZSTD_PACK_TYPE, RAW_PACK_TYPE):
         raise FormatError(f"{of}: blob {layer.digest} has the unknown media type {layer.media_type!r}")
     if not _SHA256.fullmatch(layer.digest):  # it becomes the name of a file
-        raise FormatError(f"{of}: pack {layer.digest!r} has no sha256 digest")
+        raise FormatError(f"{of}: not a sha256 digest: {layer.digest!r}")
     digest = layer.annotations.get(TOC_DIGEST, "")
     if not digest.startswith("blake3:"):
         raise FormatError(f"{of}: pack {layer.digest}: no usable {TOC_DIGEST} annotation")

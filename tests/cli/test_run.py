@@ -230,7 +230,8 @@ def test_an_interrupted_mount_leaves_nothing(demo):
         time.sleep(delay)
         process.terminate()
         _, err = process.communicate(timeout=20)
-        assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM), err
+        # 2 is runc's, where the signal meets its own process between start and exec
+        assert process.returncode in (0, 2, 128 + signal.SIGTERM, -signal.SIGTERM), err
         assert left_of(demo) == ([], [], []), err
 
 

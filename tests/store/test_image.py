@@ -200,5 +200,5 @@ def test_ranges_are_counted_once():
 @pytest.mark.parametrize("digest", ["sha256:../../x", "sha256:" + "A" * 64, "sha512:" + "a" * 64, "sha256:" + "a" * 65])
 def test_a_pack_has_a_digest_that_can_name_a_file(digest):
     layer = Descriptor(RAW_PACK_TYPE, digest, 100, {DEVICE_SIZE: "4096"})
-    with pytest.raises(FormatError, match="no sha256 digest"):
+    with pytest.raises(FormatError, match="not a sha256 digest"):
         pack_from_descriptor(layer, of="image")
