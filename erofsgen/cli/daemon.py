@@ -32,7 +32,7 @@ from erofsgen.errors import NotFoundError
     "--read-ahead", type=Size(), metavar="SIZE", default="32M", show_default=True, help="Brought ahead of large reads."
 )
 @click.option(
-    "--memory", type=Size(), metavar="SIZE", default="48M", show_default=True, help="Bytes in flight at a time."
+    "--memory", type=Size(), metavar="SIZE", default="40M", show_default=True, help="Bytes in flight at a time."
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), metavar="N", default=8, show_default=True, help="Threads that fetch."

@@ -17,6 +17,13 @@ from erofsgen.host.daemon.requests import Request, Requests
 
 _logger: Final = logging.getLogger(__name__)
 
+_MALLOC: Final = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
+"""glibc's heap of a worker (mallopt(3)): buffers of frames and reads are used again, from two heaps. With its defaults
+there are sixteen, which fragment to twice the memory, and large buffers are mapped anew, page fault by page fault."""
 _FLUSH: Final = 0.005
 _SHORT_LIFE: Final = 2.0
 """Seconds; a worker that dies sooner is replaced after a pause, which grows to the longest."""
@@ -64,7 +71,7 @@ class WorkerLink:
         self.pid = os.posix_spawn(
             self._command[0],
             [*self._command, str(theirs.fileno())],
-            os.environ,
+            {**os.environ, **_MALLOC},
             setsid=True,
             setsigmask=(),
             setsigdef=(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
