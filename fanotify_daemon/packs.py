@@ -62,10 +62,6 @@ class MarkedPack:
         self._presence.touch(first, last)
         return self._presence.ready(first, last)
 
-    def clear(self) -> None:
-        """Nothing of it is there any more. Durable on return."""
-        self._presence.clear()
-
     def close(self) -> None:
         """Let go of its files."""
         self._presence.close()

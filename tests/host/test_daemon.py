@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
 import os
@@ -26,9 +27,11 @@ from lazykit import WAIT, Host, eventually, processes
 from erofsgen.errors import FormatError
 from erofsgen.host import linux
 from erofsgen.host.cache.frames import frame_starts
+from erofsgen.host.daemon import control
 from erofsgen.host.daemon.journal import Entry, Journal
 from erofsgen.host.daemon.requests import Requests
 from erofsgen.host.daemon.streams import Ahead, Streams
+from erofsgen.host.daemon.supervisor import Supervisor
 from erofsgen.host.mount.mounts import unmount
 from erofsgen.store.directory import DirectoryStore
 from fanotify_daemon import protocol
@@ -84,6 +87,42 @@ def test_requests_expire_in_order_and_are_not_waited_for_again_at_once(monkeypat
     now[0] = 134.0
     assert not requests.is_stale(PACK, 1000, 10)
     assert [request.key for request in requests] == [6]
+
+
+class RecordedPlane:
+    """A plane that knows no packs and records what the kernel would be told."""
+
+    name = "recorded"
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, bool]] = []
+
+    def attach(self, _supervisor: object) -> None:
+        pass
+
+    def pack(self, _name: str) -> None:
+        return None
+
+    def answer(self, key: int, *, failed: bool) -> None:
+        self.answers.append((key, failed))
+
+
+def test_a_late_answer_is_not_taken_for_another_request(tmp_path: Path) -> None:
+    """The kernel uses a key again once it was answered; the worker may still be at what the first one asked for."""
+    plane, journal = RecordedPlane(), Journal.create(100)
+    options = argparse.Namespace(deadline=30.0, worker=[])
+    supervisor = Supervisor(tmp_path, plane, journal, control.listen(tmp_path), {}, [], options)
+    supervisor.missing(5, PACK, 0, 4096)
+    (first,) = supervisor._requests
+    supervisor._from_worker({"do": "done", "key": 5, "serial": first.serial, "error": "no"})
+    supervisor.missing(5, PACK, 1 << 20, 4096)
+    (second,) = supervisor._requests
+    supervisor._from_worker({"do": "done", "key": 5, "serial": first.serial, "error": None})
+    assert plane.answers == [(5, True)], "the second is not there yet"
+    supervisor._from_worker({"do": "done", "key": 5, "serial": second.serial, "error": None})
+    assert plane.answers == [(5, True), (5, False)]
+    supervisor._control.close()
+    journal.close()
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -21,6 +22,8 @@ class Request(NamedTuple):
     offset: int
     length: int
     deadline: float
+    serial: int
+    """Keys are used again, this is not: an answer that comes late must not be taken for a later request's."""
 
 
 class Requests:
@@ -30,6 +33,7 @@ class Requests:
         self._journal = journal
         self._seconds = seconds
         self._waiting: dict[int, Request] = {}
+        self._serials = itertools.count()
         self._stale: dict[str, tuple[int, int, float]] = {}
 
     def __len__(self) -> int:
@@ -41,7 +45,7 @@ class Requests:
     def add(self, key: int, pack: str, offset: int, length: int) -> Request:
         """Somebody waits from now on. Raises IndexError where the journal has no slot for the key."""
         self._journal.add(key, pack, offset, length)
-        request = Request(key, pack, offset, length, time.monotonic() + self._seconds)
+        request = Request(key, pack, offset, length, time.monotonic() + self._seconds, next(self._serials))
         self._waiting[key] = request
         return request
 

@@ -234,7 +234,9 @@ class Supervisor:
     def _from_worker(self, message: Message) -> None:
         match message["do"]:
             case "done":
-                self._answer(message["key"], message.get("error"))
+                request = self._requests.get(message["key"])
+                if request is not None and request.serial == message["serial"]:
+                    self._answer(request.key, message["error"])
             case "complete":
                 self._plane.completed(message["pack"])
             case "want":

@@ -81,8 +81,7 @@ class Worker:
             case "pack":
                 self._introduce(message["pack"], descriptors[0])
             case "fill":
-                key = message["key"]
-                self._bring(message, Priority.DEMAND, message["deadline"], lambda error: self._done(key, error))
+                self._bring(message, Priority.DEMAND, message["deadline"], lambda error: self._done(message, error))
             case "ahead":
                 self._bring(message, Priority.READ_AROUND, None, lambda _: None)
             case "forget":
@@ -122,8 +121,9 @@ class Worker:
             request()
         self._housekeeping.touched(pack)
 
-    def _done(self, key: int, error: BaseException | None) -> None:
-        self.tell({"do": "done", "key": key, "error": None if error is None else describe(error)})
+    def _done(self, fill: Message, error: BaseException | None) -> None:
+        reason = None if error is None else describe(error)
+        self.tell({"do": "done", "key": fill["key"], "serial": fill["serial"], "error": reason})
 
     # --- packs -------------------------------------------------------------------------------------------------------
 

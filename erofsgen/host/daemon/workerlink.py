@@ -93,6 +93,7 @@ class WorkerLink:
             self._send({
                 "do": "fill",
                 "key": request.key,
+                "serial": request.serial,
                 "pack": request.pack,
                 "offset": request.offset,
                 "length": request.length,
