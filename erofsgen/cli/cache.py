@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -153,26 +152,17 @@ def _carry_out(
     """Have a running daemon do something, or do it here."""
     import msgspec
 
-    from erofsgen.errors import BusyError
-    from erofsgen.host.daemon.client import Client
-    from erofsgen.host.pull import Shown
+    from erofsgen.host.pull import carry_out
 
-    while True:
-        client = Client.connect(cache.root)
-        if client is not None:
-            with client, Shown(progress) as shown:
-                return msgspec.convert(client.worker(do, shown.show, **arguments), kind)
-        try:
-            with cache.filling():
-                return here()
-        except BusyError:
-            continue  # a daemon was started meanwhile
+    done = carry_out(cache, do, arguments, here, progress)
+    return msgspec.convert(done, kind) if isinstance(done, dict) else done
 
 
 def _pin(settings: Settings, image: str, *, on: bool) -> None:
+    from erofsgen.store.open import absolute
+
     cache = settings.cache()
-    store = settings.store if "://" in settings.store else os.path.abspath(settings.store)
-    cache.layout.pin(cache.image(image, store).digest, on=on)
+    cache.layout.pin(cache.image(image, absolute(settings.store)).digest, on=on)
 
 
 def _say(settings: Settings, removed: Removed, done: str) -> None:

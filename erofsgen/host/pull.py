@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError
 from erofsgen.host.cache.cache import CachedImage, HostCache
@@ -13,7 +13,9 @@ from erofsgen.host.daemon.client import Client
 from erofsgen.oci.reference import known_name
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.image import Image
-from erofsgen.store.open import open_store
+from erofsgen.store.open import absolute, open_store
+
+T = TypeVar("T")
 
 
 def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
@@ -21,8 +23,7 @@ def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
 
     Raises NotFoundError (neither has it), and what kept the store from answering.
     """
-    if "://" not in url:
-        url = os.path.abspath(url)  # the daemon has another working directory
+    url = absolute(url)  # the daemon has another working directory
     try:
         store = open_store(url)
     except ErofsgenError:
@@ -39,21 +40,34 @@ def complete(cache: HostCache, cached: CachedImage, image: Image | None, progres
 
     ``image``: where it comes from, if that is open already. Raises what :meth:`HostCache.fill` raises.
     """
-    while not cache.is_complete(cached):
-        client = Client.connect(cache.root)
-        if client is not None:
-            with client, Shown(progress) as shown:
-                client.worker("complete", shown.show, image=cached.digest)
-            break
-        try:
-            with cache.filling():
-                cache.fill(cached, (image or cached.open()).store, progress)
-        except BusyError:
-            continue  # a daemon was started meanwhile
+    if not cache.is_complete(cached):
+        carry_out(
+            cache,
+            "complete",
+            {"image": cached.digest},
+            lambda: cache.fill(cached, (image or cached.open()).store, progress),
+            progress,
+        )
     settle([cached.index])
 
 
-class Shown:
+def carry_out(
+    cache: HostCache, do: str, arguments: dict[str, Any], here: Callable[[], T], progress: Progress
+) -> T | dict[str, Any]:
+    """Have a running daemon do something, which replies with facts, or do it ``here``, as the one that fills."""
+    while True:
+        client = Client.connect(cache.root)
+        if client is not None:
+            with client, _Shown(progress) as shown:
+                return client.worker(do, shown.show, **arguments)
+        try:
+            with cache.filling():
+                return here()
+        except BusyError:
+            continue  # a daemon was started meanwhile
+
+
+class _Shown:
     """What the daemon says of its progress, as a task of ours."""
 
     def __init__(self, progress: Progress) -> None:
@@ -69,7 +83,7 @@ class Shown:
         task.advance(done - before)
         self._tasks[label] = (task, done)
 
-    def __enter__(self) -> Shown:
+    def __enter__(self) -> _Shown:
         return self
 
     def __exit__(self, *exc: object) -> None:

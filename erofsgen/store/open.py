@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from erofsgen.errors import UnsupportedError
 from erofsgen.store.directory import DirectoryStore
+
+
+def absolute(url: str) -> str:
+    """A store's name that means the same in every working directory."""
+    return url if "://" in url else os.path.abspath(url)
 
 
 def open_store(url: str, *, create: bool = False) -> DirectoryStore:

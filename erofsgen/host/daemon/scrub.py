@@ -45,10 +45,7 @@ class Scrubber(threading.Thread):
             time.sleep(_PAUSE)
 
     def _scrub(self) -> None:
-        images = self._worker.cache.images()
-        for image in images:
-            self._worker.add_stores(image)
-        packs = packs_of(images)
+        packs = packs_of(self._worker.images())
         random.shuffle(packs)
         report = verify(packs, self._worker.opened, self._worker.engine, _Paced(self._rate))
         for bad in report.bad:

@@ -83,10 +83,7 @@ class Tasks:
     def _verify(self, command: dict[str, Any], progress: _Progress) -> Report:
         """Compare all packs with their digests."""
         worker = self._worker
-        images = worker.cache.images()
-        for image in images:
-            worker.add_stores(image)
-        return verify(packs_of(images), worker.opened, worker.engine if command["repair"] else None, progress)
+        return verify(packs_of(worker.images()), worker.opened, worker.engine if command["repair"] else None, progress)
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         return {"engine": self._worker.engine.stats()}

@@ -167,13 +167,19 @@ class Worker:
     def _find(self, name: str) -> Pack:
         """What a manifest of the cache says of a pack; the stores of its images become sources."""
         if name not in self._known:
-            for image in self.cache.images():
-                self.add_stores(image)
+            for image in self.images():
                 for pack in image.packs:
                     self._known[pack.hex] = pack
         if name not in self._known:
             raise NotFoundError(f"pack {name}: no image of the cache has it", hint="run `erofsgen pull` again")
         return self._known[name]
+
+    def images(self) -> list[CachedImage]:
+        """The images of the cache; their stores are sources from now on."""
+        images = self.cache.images()
+        for image in images:
+            self.add_stores(image)
+        return images
 
     def add_stores(self, image: CachedImage) -> None:
         """Let the stores that are known to have an image be sources."""
