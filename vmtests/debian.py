@@ -7,6 +7,7 @@ A private view: apt with its own lists and cache below ``.cache/apt``, the machi
 from __future__ import annotations
 
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,10 @@ def newer(one: str, other: str) -> int:
     return 0
 
 
+ORDER = functools.cmp_to_key(newer)
+"""A key to sort versions by."""
+
+
 def stock_images(names: Iterable[str], series: str) -> list[str]:
     """The image packages of a series: "6.12" is 6.12 and 6.12.*, "7.x" is everything that begins with 7."""
     begin = series.removesuffix("x")
@@ -79,8 +84,7 @@ def newest_whole(images: Iterable[Package], others: Iterable[Package]) -> list[P
     Indexes list images whose modules have already left the suite.
     """
     there: Mapping[tuple[str, str], Package] = {(package.name, package.version): package for package in others}
-    order = functools.cmp_to_key(lambda a, b: newer(a.version, b.version))
-    for image in sorted(images, key=order, reverse=True):
+    for image in sorted(images, key=lambda image: ORDER(image.version), reverse=True):
         found = [there.get(need) for need in image.needs]
         if None not in found:
             return [image, *(package for package in found if package is not None)]
@@ -128,14 +132,11 @@ class Apt:
         """Every version of these packages; names that no index has are passed over."""
         if not names:
             return []
-        command = ["apt-cache", "show", *names]
-        done = subprocess.run(command, env=self._env(), capture_output=True, text=True, check=False)
+        environment = {**os.environ, **self._environment}
+        done = subprocess.run(
+            ["apt-cache", "show", *names], env=environment, capture_output=True, text=True, check=False
+        )
         return parse(done.stdout)
-
-    def _env(self) -> dict[str, str]:
-        import os
-
-        return {**os.environ, "LC_ALL": "C.UTF-8", **self._environment}
 
     def _configure(self) -> None:
         for name in ("lists/partial", "cache/archives/partial"):

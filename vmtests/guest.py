@@ -180,7 +180,7 @@ def boot(
     kvm: bool,
     deadline: float,
 ) -> Outcome:
-    """Boot a guest with the disks in ``directory``, run ``command``, and wait for the end, at most ``deadline`` seconds.
+    """Boot with the disks in ``directory``, run ``command``, and wait for its end, ``deadline`` seconds at most.
 
     Leaves ``<label>.console`` and ``<label>.output`` in ``directory``; its ``share`` is the guest's.
     """

@@ -5,19 +5,18 @@ On disk, ``.cache/kernels``::
     lock                                     held while one is being made
     <name>_<version>[_<fragment>]/           appears finished, by rename
         boot/vmlinuz-<release>, boot/config-<release>
-        [usr/]lib/modules/<release>/         stock kernels only
+        lib/modules/<release>/               stock kernels only
     *.part/                                  left by a run that was killed; the next one removes it
 
-``<fragment>`` is the beginning of :func:`vmtests.build.fragment_digest`: other options, another kernel. ``$EROFSGEN_KERNEL_CACHE``
-may name a directory of kernels somebody built before: ``bzImage-<version>-ondemand``, ``config-<version>-ondemand`` and the
-``fragment.config`` they were built from. One is used if fragment and source version are ours.
+``<fragment>`` is the beginning of :func:`vmtests.build.fragment_digest`: other options, another kernel.
+``$EROFSGEN_KERNEL_CACHE`` may name a directory of kernels somebody built before: ``bzImage-<version>-ondemand``,
+``config-<version>-ondemand`` and the ``fragment.config`` they were built from. One is used if fragment and source
+version are ours.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from erofsgen.errors import NotFoundError, UsageError
 from vmtests import build
-from vmtests.debian import Apt, Package, newer
+from vmtests.debian import ORDER, Apt, Package
 from vmtests.places import KERNELS, locked, run
 
 Say = Callable[[str], None]
@@ -100,18 +99,17 @@ def _directory(entry: Entry, version: str) -> str:
 
 def _cached(entry: Entry) -> Kernel | None:
     """The newest finished kernel of this name, built from the fragment as it is now."""
-    places = [
-        path for path in KERNELS.glob(f"{entry.name}_*") if _directory(entry, path.name.split("_")[1]) == path.name
-    ]
-    order = functools.cmp_to_key(lambda a, b: newer(a.name.split("_")[1], b.name.split("_")[1]))
-    return _read(entry, max(places, key=order)) if places else None
+    versions = [path.name.split("_")[1] for path in KERNELS.glob(f"{entry.name}_*")]
+    finished = [version for version in versions if (KERNELS / _directory(entry, version)).is_dir()]
+    return _read(entry, KERNELS / _directory(entry, max(finished, key=ORDER))) if finished else None
 
 
 def _read(entry: Entry, place: Path) -> Kernel:
     (image,) = place.glob("boot/vmlinuz-*")
     release = image.name.removeprefix("vmlinuz-")
-    found = [path for path in (place / "lib/modules" / release, place / "usr/lib/modules" / release) if path.is_dir()]
-    return Kernel(entry.name, release, image, place / "boot" / f"config-{release}", found[0] if found else None)
+    modules = place / "lib/modules" / release
+    config = place / "boot" / f"config-{release}"
+    return Kernel(entry.name, release, image, config, modules if modules.is_dir() else None)
 
 
 def _make(entry: Entry, packages: list[Package], place: Path, apt: Apt, say: Say) -> None:
@@ -125,10 +123,8 @@ def _make(entry: Entry, packages: list[Package], place: Path, apt: Apt, say: Say
     else:
         for package in packages:
             say(f"{entry.name}: fetching {package.name} {package.version}")
-            deb = apt.download(package, work)
-            run("dpkg", "-x", deb, tree)
-            deb.unlink()
-        _index_modules(tree, packages[0].release)
+            run("dpkg", "-x", apt.download(package, work), work / "unpacked")
+        arrange(work / "unpacked", tree, packages[0].release)
     os.rename(tree, place)
     shutil.rmtree(work)
 
@@ -156,11 +152,25 @@ def prebuilt(version: str) -> tuple[Path, Path] | None:
     return (image, config) if build.fragment_digest(fragment) == build.fragment_digest() else None
 
 
-def _index_modules(tree: Path, release: str) -> None:
-    """``modules.dep`` where a package leaves it to its installation script. Raises NotFoundError without modules."""
-    for base in (tree, tree / "usr"):
-        if (base / "lib/modules" / release).is_dir():
-            if not (base / "lib/modules" / release / "modules.dep").exists():
-                run("depmod", "-b", base, release)
-            return
-    raise NotFoundError(f"the packages of {re.escape(release)} bring no modules")
+def arrange(unpacked: Path, tree: Path, release: str) -> None:
+    """Bring a stock kernel's files from where its packages put them to where we want them. Raises NotFoundError.
+
+    Older packages have the image in ``/boot`` and leave ``modules.dep`` to their installation script; newer ones keep
+    the image with the modules, below ``/usr``.
+    """
+    modules = tree / "lib/modules" / release
+    modules.parent.mkdir(parents=True)
+    for there in (unpacked / "lib/modules" / release, unpacked / "usr/lib/modules" / release):
+        if there.is_dir():
+            os.rename(there, modules)
+            break
+    else:
+        raise NotFoundError(f"the packages of {release} bring no modules")
+    for kind in ("vmlinuz", "config"):
+        places = (unpacked / "boot" / f"{kind}-{release}", modules / kind)
+        found = next((path for path in places if path.exists()), None)
+        if found is None:
+            raise NotFoundError(f"the packages of {release} bring no {kind}")
+        os.rename(found, tree / "boot" / f"{kind}-{release}")
+    if not (modules / "modules.dep").exists():
+        run("depmod", "-b", tree, release)

@@ -1,4 +1,4 @@
-"""What pytest wrote down in a guest: the report log of pytest-reportlog, one JSON object a line, read even half-written."""
+"""What pytest wrote down in a guest: pytest-reportlog's report log, a JSON object a line, read even half-written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Result:
 
 
 def read(path: Path) -> list[Result]:
-    """The tests of a report log, in their order, also those that began and did not end. A torn last line is no error."""
+    """The tests of a report log, in their order, also those that did not end. A torn last line is no error."""
     results: dict[str, Result] = {}
     for report in _lines(path):
         nodeid = report.get("nodeid") or "collection"
@@ -68,7 +68,7 @@ def _add(result: Result, report: dict[str, Any]) -> None:
     result.finished = report["when"] == "teardown"
 
 
-def _text(longrepr: Any) -> str:
+def _text(longrepr: Any) -> str:  # noqa: ANN401  (what the JSON has)
     """A failure as pytest would show it, or a skip's reason."""
     if longrepr is None or isinstance(longrepr, str):
         return longrepr or ""

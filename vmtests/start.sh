@@ -6,12 +6,18 @@
 #   modules       kernel modules to load; those a kernel has built in or lacks are passed over
 #   command       what to run, for bash
 #
-# and gets `output`, everything that was said, and `status`, the command's exit code. `status` is there only once the
-# scratch disks are unmounted: a guest without it has crashed, or its power was cut.
+# and gets `output`, everything that was said, and `status`, the command's exit code, or 125 where it could not be run.
+# `status` is there only once the scratch disks are unmounted: a guest without it has crashed, or its power was cut.
 set -uo pipefail
 share=/run/share
 scratch=/run/scratch
 exec >"$share/output" 2>&1 </dev/null
+finish() {
+    echo "$1" >"$share/status.part"
+    mv "$share/status.part" "$share/status"
+    exit
+}
+
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 # virtme mounts the root without a cache, where Python takes seconds to import anything. What is read most is mounted
@@ -34,10 +40,11 @@ while IFS= read -r module; do
     modprobe -q "$module"
 done <"$share/modules"
 
+shopt -s nullglob
 for disk in /sys/block/vd*; do
     kind=$(<"$disk/serial")
     mkdir -p "$scratch/$kind"
-    mount -t "$kind" "/dev/${disk##*/}" "$scratch/$kind" || exit 1
+    mount -t "$kind" "/dev/${disk##*/}" "$scratch/$kind" || finish 125
 done
 
 (
@@ -57,5 +64,4 @@ for disk in "$scratch"/*; do
     }
 done
 sync
-echo "$status" >"$share/status.part"
-mv "$share/status.part" "$share/status"
+finish "$status"

@@ -1,4 +1,4 @@
-"""Whether KVM works here. The device may be there, and open, and a guest on it still hang: one is booted to find out."""
+"""Whether KVM works here. The device may be there, and a guest on it still hang: one is booted to find out."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def kvm_works(kernel: Kernel) -> bool:
     if known.exists() and (words := known.read_text().split())[:1] == [this_boot]:
         return words[1] == "works"
     RUNS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RUNS) as directory:
-        with Guest(kernel, Path(directory, "share"), Path(directory, "console"), {}, "true", {}, kvm=True) as guest:
-            works = guest.wait(SECONDS).end is End.DONE
+    with (
+        tempfile.TemporaryDirectory(dir=RUNS) as directory,
+        Guest(kernel, Path(directory, "share"), Path(directory, "console"), {}, "true", {}, kvm=True) as guest,
+    ):
+        works = guest.wait(SECONDS).end is End.DONE
     known.write_text(f"{this_boot} {'works' if works else 'hangs'}\n")
     return works
