@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from erofsgen.errors import ErofsgenError
-from vmtests import guest, phases
+from vmtests import conformance, guest, phases
 from vmtests.kernels import CATALOGUE, QUICK, Kernel, provide
 from vmtests.phases import Run
 from vmtests.places import RUNS, locked
@@ -46,8 +46,11 @@ def command(
     for name in CATALOGUE if everything else names or QUICK:
         kernel = provide(name, _say, update=update)
         with locked(RUNS / f"{name}.lock"):
-            run = _run(kernel, expression, accel, deadline)
+            kvm = kvm_works(kernel) if accel == "auto" else accel == "kvm"
+            run = _run(kernel, expression, kvm, deadline)
             _print(name, run)
+            if not (no_docs or expression):
+                _record(kernel, run, "KVM" if kvm else "TCG")
             if report:
                 _copy(name, report)
         if not run.passed:
@@ -57,8 +60,7 @@ def command(
     return 1 if failures else 0
 
 
-def _run(kernel: Kernel, expression: str, accel: str, deadline: float) -> Run:
-    kvm = kvm_works(kernel) if accel == "auto" else accel == "kvm"
+def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
     _say(f"{kernel.name}: booting Linux {kernel.release} with {'KVM' if kvm else 'TCG'}")
     directory = RUNS / kernel.name
     shutil.rmtree(directory, ignore_errors=True)
@@ -72,6 +74,16 @@ def _run(kernel: Kernel, expression: str, accel: str, deadline: float) -> Run:
             kernel, directory, label, command, environment, kvm=kvm, deadline=deadline
         ),
     )
+
+
+def _record(kernel: Kernel, run: Run, virtualisation: str) -> None:
+    seconds = sum(outcome.seconds for outcome in run.boots.values())
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    column = conformance.column(
+        run.results, release=kernel.release, date=date, virtualisation=virtualisation, seconds=seconds
+    )
+    with locked(RUNS / "docs.lock"):
+        conformance.record(kernel.name, column)
 
 
 def _print(name: str, run: Run) -> None:

@@ -135,9 +135,11 @@ def _ondemand(entry: Entry, source: Package, work: Path, apt: Apt, say: Say) -> 
         return *found, source.upstream
     say(f"{entry.name}: fetching {source.name} {source.version}")
     deb = apt.download(source, work)
-    say(f"{entry.name}: building {source.upstream}, some 16 minutes on two cores")
-    image, config = build.build(deb, work)
-    return image, config, run("make", "-s", "kernelrelease", cwd=work / "source").strip()
+    say(f"{entry.name}: building {source.upstream}, some ten minutes on two cores")
+    built = build.build(deb, work)
+    if built.lost:
+        say(f"{entry.name}: {source.upstream} does not take {', '.join(built.lost)}")
+    return built.image, built.config, built.release
 
 
 def prebuilt(version: str) -> tuple[Path, Path] | None:

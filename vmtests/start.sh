@@ -36,9 +36,8 @@ while IFS= read -r directory; do # again where /tmp has just hidden one
     fi
 done <"$share/quick"
 
-while IFS= read -r module; do
-    modprobe -q "$module"
-done <"$share/modules"
+mapfile -t modules <"$share/modules"
+modprobe --quiet --all "${modules[@]}"
 
 shopt -s nullglob
 for disk in /sys/block/vd*; do
