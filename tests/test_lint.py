@@ -11,10 +11,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
-PYTHON_DIRECTORIES = ["erofsgen", "fanotify_daemon", "fscache_daemon", "tests", "bench", "examples"]
+PYTHON_DIRECTORIES = ["erofsgen", "fanotify_daemon", "fscache_daemon", "vmtests", "tests", "bench", "examples"]
 SHELL_SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
-    for directory in (".ci", "packaging")
+    for directory in (".ci", "packaging", "vmtests")
     for path in (REPOSITORY / directory).rglob("*")
     if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash\n")
 )
@@ -35,7 +35,7 @@ def test_code_is_formatted():
 
 
 def test_types():
-    check(TOOLS / "mypy", "-p", "erofsgen", "-p", "fanotify_daemon", "-p", "fscache_daemon")
+    check(TOOLS / "mypy", "-p", "erofsgen", "-p", "fanotify_daemon", "-p", "fscache_daemon", "-p", "vmtests")
 
 
 def test_imports_point_one_way():
@@ -43,7 +43,7 @@ def test_imports_point_one_way():
 
 
 def test_there_are_shell_scripts():
-    assert {".ci/run", "packaging/setup", "packaging/clean"} <= set(SHELL_SCRIPTS)
+    assert {".ci/run", "packaging/setup", "packaging/clean", "vmtests/run"} <= set(SHELL_SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS)

@@ -1,0 +1,51 @@
+"""What makes a test a case of the guests: its phase, its cell of the conformance table, the guest it needs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+PHASE = os.environ.get("EROFSGEN_VM_PHASE", "main")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "phase(name): the boot to run in: main (the default), reboot or aftercut")
+    config.addinivalue_line(
+        "markers", "case(name, plane=None): the row of the conformance table; plane may also be a parameter of the test"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = [item for item in items if phase(item) == PHASE]
+    config.hook.pytest_deselected(items=[item for item in items if phase(item) != PHASE])
+    items[:] = chosen
+    for item in items:
+        item.user_properties.extend(cell(item))
+        if "EROFSGEN_VM" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="runs in a guest, see vmtests/run"))
+
+
+def phase(item):
+    marker = item.get_closest_marker("phase")
+    return marker.args[0] if marker else "main"
+
+
+def cell(item):
+    """The properties that say where in the table a result goes. A test without them is in no table."""
+    marker = item.get_closest_marker("case")
+    if marker is None:
+        return []
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    plane = marker.kwargs.get("plane") or parameters.get("plane")
+    return [("case", marker.args[0]), *([("plane", plane)] if isinstance(plane, str) else [])]
+
+
+@pytest.fixture(scope="session")
+def network():
+    """The loopback interface, up."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as routes:
+        (loopback,) = routes.link_lookup(ifname="lo")
+        routes.link("set", index=loopback, state="up")

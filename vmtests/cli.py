@@ -1,0 +1,130 @@
+"""``vmtests/run``: boots kernels, runs the cases in them, prints what came of it and keeps docs/conformance.md."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from erofsgen.errors import ErofsgenError
+from vmtests import conformance, guest, phases
+from vmtests.kernels import CATALOGUE, QUICK, Kernel, provide
+from vmtests.phases import Run
+from vmtests.places import RUNS, locked
+from vmtests.results import Verdict
+from vmtests.virtualisation import kvm_works
+
+DEADLINE = 1500
+"""Seconds one boot may take."""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--kernel", "names", multiple=True, metavar="NAME", help="May be repeated. Default: the quick set.")
+@click.option("--all", "everything", is_flag=True, help="All kernels.")
+@click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match, as with pytest.")
+@click.option("--list", "listing", is_flag=True, help="List the kernels, and stop.")
+@click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Copy report logs and consoles here.")
+@click.option("--no-docs", is_flag=True, help="Leave docs/conformance.md as it is; so does -k.")
+@click.option("--update", is_flag=True, help="See whether Debian has newer kernels than the cache.")
+@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", help="Default: KVM where it works.")
+@click.option("--deadline", type=float, default=DEADLINE, metavar="SECONDS", help=f"For one boot. Default: {DEADLINE}.")
+def command(
+    names: tuple[str, ...], everything: bool, expression: str, listing: bool, report: Path | None, no_docs: bool,
+    update: bool, accel: str, deadline: float,
+) -> int:  # fmt: skip
+    """Run the cases of vmtests/cases on real kernels, in QEMU."""
+    if listing:
+        for entry in CATALOGUE.values():
+            click.echo(f"{entry.name:<14} {entry.what}{'  (quick set)' if entry.name in QUICK else ''}")
+        return 0
+    failures = []
+    for name in CATALOGUE if everything else names or QUICK:
+        kernel = provide(name, _say, update=update)
+        with locked(RUNS / f"{name}.lock"):
+            kvm = kvm_works(kernel) if accel == "auto" else accel == "kvm"
+            run = _run(kernel, expression, kvm, deadline)
+            _print(name, run)
+            if not (no_docs or expression):
+                _record(kernel, run, "KVM" if kvm else "TCG")
+            if report:
+                _copy(name, report)
+        if not run.passed:
+            failures.append(name)
+    if failures:
+        click.echo(f"failed on {', '.join(failures)}")
+    return 1 if failures else 0
+
+
+def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
+    _say(f"{kernel.name}: booting Linux {kernel.release} with {'KVM' if kvm else 'TCG'}")
+    directory = RUNS / kernel.name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    guest.make_disks(directory)
+    return phases.run_kernel(
+        kernel,
+        expression,
+        directory / "share",
+        lambda label, command, environment: guest.boot(
+            kernel, directory, label, command, environment, kvm=kvm, deadline=deadline
+        ),
+    )
+
+
+def _record(kernel: Kernel, run: Run, virtualisation: str) -> None:
+    seconds = sum(outcome.seconds for outcome in run.boots.values())
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    column = conformance.column(
+        run.results, release=kernel.release, date=date, virtualisation=virtualisation, seconds=seconds
+    )
+    with locked(RUNS / "docs.lock"):
+        conformance.record(kernel.name, column)
+
+
+def _print(name: str, run: Run) -> None:
+    for result in run.results:
+        if result.verdict is Verdict.FAILED:
+            click.echo(f"\n____ {name}: {result.nodeid} ____\n{result.text}\n")
+    for trouble in run.troubles:
+        click.echo(f"{name}: {trouble}")
+    counts = {verdict: sum(result.verdict is verdict for result in run.results) for verdict in Verdict}
+    words = ", ".join(f"{count} {verdict.value}" for verdict, count in counts.items() if count) or "no tests"
+    seconds = sum(outcome.seconds for outcome in run.boots.values())
+    click.echo(f"{name}: {words} in {seconds:.0f} s, {len(run.boots)} boots")
+    if not run.passed:
+        for outcome in run.boots.values():
+            click.echo(f"{name}: console {outcome.console}, output {outcome.output}")
+
+
+def _copy(name: str, report: Path) -> None:
+    target = report / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(RUNS / name, target, ignore=shutil.ignore_patterns("*.img"))
+
+
+def _say(text: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+
+
+def main() -> NoReturn:
+    """Entry point of ``vmtests/run``. Exits with 1 if a test failed, else as the program itself does."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # guests are ended on the way out
+    try:
+        sys.exit(command.main(standalone_mode=False))
+    except ErofsgenError as error:
+        click.echo(f"vmtests: error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()
