@@ -28,7 +28,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Final
 
-from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
+from erofsgen.errors import ErofsgenError, NotFoundError, StorageError, UnsupportedError
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.cache.objects import Key, Objects, is_digest, is_ours
 from erofsgen.host.daemon.journal import Entry
@@ -46,6 +46,7 @@ _AGAIN: Final = 0.05
 _CLOSING: Final = 2.0
 """Seconds that the kernel has for letting go of objects when the plane ends."""
 _LOOK: Final = 0.02
+_ERRNO: Final[dict[type[Exception], int]] = {NotFoundError: errno.ENOENT, UnsupportedError: errno.EOPNOTSUPP}
 _PUT_AWAY: Final = 1.0
 """Seconds after which an object that was closed has its name."""
 
@@ -148,9 +149,7 @@ class Plane:
             found = self._resolve(key, message.descriptor)
         except (ErofsgenError, OSError) as error:
             self._supervisor.failed(f"{key.cookie}: not opened: {error}")
-            self._refuse(
-                message.message, message.descriptor, errno.ENOENT if isinstance(error, NotFoundError) else errno.EIO
-            )
+            self._refuse(message.message, message.descriptor, _ERRNO.get(type(error), errno.EIO))
             return
         self._open[message.object] = found
         if not self._device.opened(message.message, found.size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +14,22 @@ from erofsgen.errors import BusyError
 from erofsgen.host.daemon import client
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.mount.mounts import mount
+from erofsgen.host.mount.state import Plane
 
-WAIT = 20.0
-"""Seconds that no test waits for anything that works."""
+WAIT = 120.0 if "EROFSGEN_VM" in os.environ else 20.0
+"""Seconds that no test waits for anything that works; a guest without KVM is slow."""
 
 
 class Host:
-    """Below ``root``: mounts, and the daemon, which :meth:`end` takes away whatever state it is in."""
+    """Below ``root``: mounts, and the daemon of ``plane``, which :meth:`end` takes away whatever state it is in."""
 
-    def __init__(self, root: Path, **options: float) -> None:
+    def __init__(self, root: Path, plane: Plane = "fanotify", **options: float) -> None:
         self.root = root
+        self.plane = plane
         self.options = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
     def start(self, *more: str) -> None:
-        client.start(self.root, [*self.options, *more])
+        client.start(self.root, ["--plane", self.plane, *self.options, *more])
 
     def call(self, do: str, **arguments: Any) -> dict[str, Any]:
         connection = Client.connect(self.root)
@@ -51,7 +54,7 @@ class Host:
 
     def mount(self, image: Any, target: Path, **more: Any) -> Any:
         target.mkdir(exist_ok=True)
-        return mount(image, target, root=self.root, plane="fanotify", **more)
+        return mount(image, target, root=self.root, plane=self.plane, **more)
 
     def kill(self, *names: str) -> None:
         """SIGKILL processes of the daemon at one go, by their numbers: supervisor is ``pid``, then standby, worker."""
@@ -98,3 +101,31 @@ def eventually(condition: Callable[[], object], within: float = WAIT) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+class Reader(threading.Thread):
+    """Reads a range in a thread: a read that hangs must not hang the test."""
+
+    def __init__(self, path: Path, offset: int = 0, length: int = 4096) -> None:
+        super().__init__(daemon=True)
+        self.path, self.offset, self.length = path, offset, length
+        self.result: bytes | OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                pieces = []
+                while sum(map(len, pieces)) < self.length:
+                    pieces.append(file.read(self.length - sum(map(len, pieces))))
+                    if not pieces[-1]:
+                        break
+                self.result = b"".join(pieces)
+        except OSError as error:
+            self.result = error
+
+    def get(self, within: float = WAIT) -> bytes | OSError:
+        self.join(within)
+        assert self.result is not None, f"{self.path}: still waiting after {within} s"
+        return self.result

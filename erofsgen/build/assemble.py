@@ -29,6 +29,8 @@ from erofsgen.store.manifest import (
     ARTIFACT_TYPE,
     CHUNK_SIZE,
     DEVICE_SIZE,
+    HOLES_AT_END,
+    INDEX_HOLES,
     INDEX_SIZE,
     INDEX_TYPE,
     MANIFEST_TYPE,
@@ -107,7 +109,7 @@ class Assembler:
         )
         packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=self._options.worker_threads).compress(index)
         digest, size = self._store.put(packed)
-        descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index))})
+        descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), INDEX_HOLES: HOLES_AT_END})
         inodes = Superblock(*SUPER.unpack_from(index, SUPER_OFFSET)).inos
         return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()))
 

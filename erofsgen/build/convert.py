@@ -38,6 +38,7 @@ class Converter:
         self._dictionary = dictionary
         self._chunk_size = options.chunk_size
         self._counts = counts
+        self._raw: bool | None = None  # of the file at hand: whether its new chunks go to a raw pack
 
     def convert(self, layer: Iterable[tuple[Entry, FileData | None]], task: Task) -> LayerRecord:
         """Read a whole layer. ``task`` advances by bytes of file data.
@@ -67,32 +68,53 @@ class Converter:
         if data.size <= INLINE_MAX:
             inode.data = b"".join(bytes(data.size) if view is None else view for view in data.chunks(self._chunk_size))
             return
-        packer = self._packer
-        packer.begin_file(entry.path.rpartition(b"/")[0])
-        known = rows.numbers
-        find = None if self._dictionary is None else self._dictionary.find
-        raw: bool | None = None
-        numbers = []
+        self._packer.begin_file(entry.path.rpartition(b"/")[0])
+        self._raw = None
+        numbers: list[int] = []
         for view in data.chunks(self._chunk_size):
             if view is None or (not view[0] and not view[-1] and bytes(view).count(0) == len(view)):
                 numbers.append(HOLE)
                 continue
-            digest = blake3(view).digest()
-            number = known.get(digest)
-            length = len(view)
-            if number is not None:
-                counts.deduplicated_bytes += length
-            elif find is not None and (place := find(digest)) is not None and place.length == length:
-                number = rows.add_old(digest, place.pack, place.block, length)
-                counts.deduplicated_bytes += length
-            else:
-                if raw is None:
-                    raw = length >= _PROBE_MIN and not compressible(view)
-                pack, block = packer.add(view, digest, raw=raw)
-                number = rows.add_new(digest, pack, block, length)
-                counts.new_bytes += length
-            numbers.append(number)
+            if numbers and numbers[-1] == HOLE:
+                self._fill_holes(numbers, rows)
+            numbers.append(self._chunk(view, rows))
         inode.chunks = tuple(numbers)
+
+    def _fill_holes(self, numbers: list[int], rows: _Rows) -> None:
+        """Make the holes at the end of ``numbers`` zeros: data follows.
+
+        Over fscache the kernel takes all of a read that begins in a hole for zeros, whatever comes behind it
+        (fs/erofs/fscache.c, erofs_fscache_data_read_slice()). One chunk of zeros serves all; it has a frame of its own,
+        so that who extracts knows it by the frame's digest.
+        """
+        zeros = self._chunk(memoryview(bytes(self._chunk_size)), rows, zeros=True)
+        at = len(numbers)
+        while at and numbers[at - 1] == HOLE:
+            at -= 1
+            numbers[at] = zeros
+
+    def _chunk(self, view: memoryview, rows: _Rows, *, zeros: bool = False) -> int:
+        """The number of a chunk, which is new or was seen before, in this layer or in the dictionary's packs."""
+        counts = self._counts
+        digest = blake3(view).digest()
+        number = rows.numbers.get(digest)
+        length = len(view)
+        if number is not None:
+            counts.deduplicated_bytes += length
+        elif (
+            self._dictionary is not None
+            and (place := self._dictionary.find(digest)) is not None
+            and place.length == length
+        ):
+            number = rows.add_old(digest, place.pack, place.block, length)
+            counts.deduplicated_bytes += length
+        else:
+            if self._raw is None and not zeros:
+                self._raw = length >= _PROBE_MIN and not compressible(view)
+            pack, block = self._packer.add(view, digest, raw=bool(self._raw) and not zeros, alone=zeros)
+            number = rows.add_new(digest, pack, block, length)
+            counts.new_bytes += length
+        return number
 
     def _old_packs(self, rows: _Rows) -> tuple[list[Descriptor], dict[int, int]]:
         """Descriptors of the dictionary's packs that ``rows`` refer to, and dictionary number to position."""

@@ -101,8 +101,8 @@ class Packer:
             if stream.used * 4 >= self._frame_size * 3:
                 self._close_frame(stream)
 
-    def add(self, chunk: bytes | memoryview, digest: bytes, *, raw: bool) -> tuple[int, int]:
-        """Append a chunk (BLAKE3 ``digest``) to a raw or a zstd pack.
+    def add(self, chunk: bytes | memoryview, digest: bytes, *, raw: bool, alone: bool = False) -> tuple[int, int]:
+        """Append a chunk (BLAKE3 ``digest``) to a raw or a zstd pack; ``alone``: in a frame of its own.
 
         Returns its place: the pack's number, in the order of :meth:`flush`, and the 4 KiB block in its device.
         Raises StorageError or RemoteError, possibly for an earlier chunk.
@@ -113,12 +113,12 @@ class Packer:
         pack = stream.pack
         if pack is None or pack.device_size + padded > self._pack_size:
             pack = self._open_pack(stream, raw)
-        elif stream.used + padded > self._frame_size:
+        elif alone or stream.used + padded > self._frame_size:
             self._close_frame(stream)
         block = pack.device_size // fmt.BLOCK
         pack.chunks.append((digest, block, length))
         pack.device_size += padded
-        if length == padded >= self._frame_size:
+        if length == padded and (alone or length >= self._frame_size):
             self._submit(pack, chunk, digest)
         else:
             if not stream.used:

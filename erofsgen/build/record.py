@@ -23,7 +23,7 @@ from erofsgen.build.options import BuildOptions
 from erofsgen.oci.layer import Entry
 from erofsgen.store.base import Descriptor, Store
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 CHUNK_ROW: Final = np.dtype([("digest", "V32"), ("block", "<u4"), ("length", "<u4"), ("pack", "<u2")])
 """A chunk of a layer: its BLAKE3, its place in pack number ``pack`` of the record, its length in bytes."""

@@ -208,7 +208,7 @@ class _Extraction:
                 _write(descriptor, inline, 0)
                 self._task.advance(len(inline))
             elif node.size:
-                os.ftruncate(descriptor, node.size)  # what no extent fills stays a hole
+                os.ftruncate(descriptor, node.size)  # what is not written stays a hole
                 self._data(node, descriptor)
             self._bytes += node.size
             self._attributes(node, descriptor)
@@ -216,7 +216,7 @@ class _Extraction:
             os.close(descriptor)
 
     def _data(self, node: Node, descriptor: int) -> None:
-        for offset, length, device, start in node.extents():
+        for offset, length, device, start in self._image.sparse_extents(node):
             if device is not None:
                 for data in device_bytes(self._image, device, start, length):
                     _write(descriptor, data, offset)

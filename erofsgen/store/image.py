@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -20,7 +20,7 @@ from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
 
 if TYPE_CHECKING:
-    from erofsgen.erofs.node import Node
+    from erofsgen.erofs.node import Extent, Node
     from erofsgen.erofs.reader import Index
     from erofsgen.pack.reader import FrameCache, PackReader
 
@@ -126,6 +126,32 @@ class Image:
                 step = min(piece, length - done)
                 yield bytes(step) if device is None else self.pack_reader(device).read(start + done, step)
                 done += step
+
+    def sparse_extents(self, node: Node) -> Iterator[Extent]:
+        """A regular file's extents, with holes where zeros are stored: zeros before data are, see docs/format.md."""
+        for extent in node.extents():
+            offset, length, device, start = extent
+            if not device:
+                yield extent
+                continue
+            toc = self.pack_reader(device).toc
+            done = 0  # bytes of the extent that were yielded
+            for frame in toc.frames(start, length):
+                at, size = int(toc.device_offsets[frame]) - start, int(toc.device_sizes[frame])
+                if at >= 0 and at + size <= length and toc.digest(frame) == _digest_of_zeros(size):
+                    if at > done:
+                        yield extent._replace(offset=offset + done, length=at - done, start=start + done)
+                    yield extent._replace(offset=offset + at, length=size, device=None, start=0)
+                    done = at + size
+            if done < length:
+                yield extent._replace(offset=offset + done, length=length - done, start=start + done)
+
+
+@cache
+def _digest_of_zeros(size: int) -> bytes:
+    from blake3 import blake3
+
+    return blake3(bytes(size)).digest()
 
 
 def open_pack(store: Store, pack: Pack, *, kept: FrameCache | None = None) -> PackReader:

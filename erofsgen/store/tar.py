@@ -101,7 +101,7 @@ class _Archive:
 
     def _file(self, path: bytes, node: Node) -> None:
         inline = node.inline()
-        extents = [] if inline else list(node.extents())
+        extents = [] if inline else list(self._image.sparse_extents(node))
         kind = _TYPES[stat.S_IFREG]
         if sum(length for _, length, device, _ in extents if device is None) >= _SPARSE_MIN:
             stored = [extent for extent in extents if extent[2] is not None]

@@ -268,3 +268,34 @@ def test_raw_and_zstd_packs(tmp_path, make_image):
     device = subprocess.run(["zstd", "-dc", store.blob_path(packed.digest)], capture_output=True, check=True).stdout
     assert len(device) == packed.device_size
     assert device.startswith(text[: 1 << 20])
+
+
+def test_holes_are_at_the_ends_of_files_only(tmp_path, make_image):
+    """What the kernel reads over fscache as it should; the zeros before data are one chunk, whoever has them."""
+    store = DirectoryStore(tmp_path / "store")
+    piece = 1 << 20
+    data = random.Random(5).randbytes(piece)
+    files = {
+        b"before": bytes(3 * piece) + data,
+        b"between": data + bytes(2 * piece) + data[:100],
+        b"behind": data + bytes(4 * piece),
+        b"both": bytes(piece) + data + bytes(piece),
+    }
+    make_image(store, "a", files)
+    assert contents(store, "a") == files
+    image = Image.open(store, "a")
+    assert image.manifest.layers[0].annotations["org.erofsgen.index.holes"] == "end"
+    for name in files:
+        holes = [extent.device is None for extent in image.index.lookup(name).extents()]
+        assert holes == sorted(holes), name
+    assert sum(pack.device_size for pack in image.packs) == 2 * piece + 4096, "data, zeros, and 100 bytes"
+
+
+def test_repeated_zeros_are_holes_for_who_extracts(tmp_path, make_image):
+    store = DirectoryStore(tmp_path / "store")
+    data = random.Random(6).randbytes(1 << 20)
+    make_image(store, "a", {b"file": bytes(5 << 20) + data, b"twice": data + data + b"x"})
+    image = Image.open(store, "a")
+    file = list(image.sparse_extents(image.index.lookup(b"file")))
+    assert sum(extent.length for extent in file if extent.device is None) >= 4 << 20
+    assert all(extent.device is not None for extent in image.sparse_extents(image.index.lookup(b"twice")))

@@ -23,6 +23,8 @@ from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 from erofsgen.store.manifest import (
     DEVICE_SIZE,
+    HOLES_AT_END,
+    INDEX_HOLES,
     INDEX_SIZE,
     INDEX_TYPE,
     MANIFEST_TYPE,
@@ -81,6 +83,7 @@ class ImageMaker:
             for digest, block in pack.places.items():
                 where.setdefault(digest, (slot, block))
         table = [(0, 0)]
+        holes_at_end = True
         root = Inode(stat.S_IFDIR | 0o751, uid=7, gid=8, mtime=10**18, children={})
         for path, content in files.items():
             *parents, leaf = os.fsencode(path).split(b"/")
@@ -101,6 +104,7 @@ class ImageMaker:
                     if not any(chunk):
                         numbers.append(0)
                         continue
+                    holes_at_end &= 0 not in numbers
                     numbers.append(len(table))
                     table.append(where[blake3(chunk).digest()])
                 inode = Inode(stat.S_IFREG | 0o640, mtime=123_456_789, size=len(content), chunks=tuple(numbers))
@@ -110,13 +114,14 @@ class ImageMaker:
         devices = [Device(pack.hex, int(pack.descriptor.annotations[DEVICE_SIZE]) // BLOCK) for pack in packs]
         index = bytes(write_index(root, places, devices, chunk_size=CHUNK))
         digest, size = self.store.put(zstandard.ZstdCompressor(1).compress(index))
+        holes = {INDEX_HOLES: HOLES_AT_END} if holes_at_end else {}
         config_digest, config_size = self.store.put(b"{}")
         manifest = Manifest(
             schema_version=2,
             media_type=MANIFEST_TYPE,
             config=Descriptor("application/vnd.oci.image.config.v1+json", config_digest, config_size),
             layers=[
-                Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index))}),
+                Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), **holes}),
                 *(pack.descriptor for pack in packs),
             ],
         )
@@ -134,6 +139,14 @@ class Sample(NamedTuple):
     image: Image
     files: dict[str, bytes | str | None]
     packs: list[PackMade]
+
+
+def make_wide(maker: ImageMaker, name: str = "wide", seed: int = 3) -> Sample:
+    """Three packs of 24, 24 and 13 frames, one of them raw; ``all`` crosses all of them."""
+    parts = contents(seed, *(size * CHUNK for size in (96, 96, 50)))
+    packs = [maker.pack(chunks_of(part), raw=number == 1) for number, part in enumerate(parts)]
+    files: dict[str, bytes | str | None] = {"one": parts[0], "two": parts[1], "three": parts[2], "all": b"".join(parts)}
+    return Sample(maker.image(name, files, packs), files, packs)
 
 
 def read_tree(top: Path) -> dict[str, bytes | str | None]:

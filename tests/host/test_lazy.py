@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from handmade import CHUNK, ImageMaker, Sample, chunks_of, contents, erofs_mounts_below, read_tree
-from lazykit import WAIT, Host, eventually, processes
+from handmade import CHUNK, ImageMaker, Sample, erofs_mounts_below, make_wide, read_tree
+from lazykit import WAIT, Host, Reader, eventually, processes
 
 from erofsgen.errors import BusyError, NotFoundError
 from erofsgen.host.cache.cache import HostCache
@@ -27,15 +27,7 @@ from erofsgen.store.directory import DirectoryStore
 
 pytestmark = pytest.mark.mount
 
-SIZES = (96, 96, 50)
-
-
-def make_wide(maker: ImageMaker, name: str = "wide", seed: int = 3) -> Sample:
-    """Three packs of 24, 24 and 13 frames, one of them raw; ``all`` crosses all of them."""
-    parts = contents(seed, *(size * CHUNK for size in SIZES))
-    packs = [maker.pack(chunks_of(part), raw=number == 1) for number, part in enumerate(parts)]
-    files: dict[str, bytes | str | None] = {"one": parts[0], "two": parts[1], "three": parts[2], "all": b"".join(parts)}
-    return Sample(maker.image(name, files, packs), files, packs)
+TOTAL = (96 + 96 + 50) * CHUNK
 
 
 @pytest.fixture
@@ -81,40 +73,12 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-class Reader(threading.Thread):
-    """Reads a range in a thread: a read that hangs must not hang the test."""
-
-    def __init__(self, path: Path, offset: int = 0, length: int = 4096) -> None:
-        super().__init__(daemon=True)
-        self.path, self.offset, self.length = path, offset, length
-        self.result: bytes | OSError | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                pieces = []
-                while sum(map(len, pieces)) < self.length:
-                    pieces.append(file.read(self.length - sum(map(len, pieces))))
-                    if not pieces[-1]:
-                        break
-                self.result = b"".join(pieces)
-        except OSError as error:
-            self.result = error
-
-    def get(self, within: float = WAIT) -> bytes | OSError:
-        self.join(within)
-        assert self.result is not None, f"{self.path}: still waiting after {within} s"
-        return self.result
-
-
 def test_what_is_read_arrives_and_nothing_else(wide: Sample, host: Host, mount_point: Path) -> None:
     info = host.mount(wide.image, mount_point)
     assert (info.plane, info.how) == ("fanotify", "file-backed")
     assert frames_present(host.root) == 0
     assert sorted(os.listdir(mount_point)) == ["all", "one", "three", "two"]
-    assert (mount_point / "all").stat().st_size == sum(SIZES) * CHUNK
+    assert (mount_point / "all").stat().st_size == TOTAL
     assert host.engine()["frames"] == 0, "metadata is local"
     assert Reader(mount_point / "two", 17 * CHUNK + 100, 10).get() == wide.files["two"][17 * CHUNK + 100 :][:10]
     assert 1 <= frames_present(host.root) <= 5
@@ -134,7 +98,7 @@ def test_a_complete_pack_costs_nothing_any_more(wide: Sample, host: Host, mount_
     pid = host.status()["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert Reader(mount_point / "all", 0, sum(SIZES) * CHUNK).get() == wide.files["all"]
+        assert Reader(mount_point / "all", 0, TOTAL).get() == wide.files["all"]
     finally:
         os.kill(pid, signal.SIGCONT)
 
@@ -360,7 +324,7 @@ def test_a_full_disk_is_an_error_of_the_read(
     host.start()
     try:
         host.mount(wide.image, tmp_path / "mnt")
-        result = Reader(tmp_path / "mnt/all", 0, sum(SIZES) * CHUNK).get()
+        result = Reader(tmp_path / "mnt/all", 0, TOTAL).get()
         assert isinstance(result, OSError)
         assert result.errno == errno.EIO
         assert "No space left" in " ".join(error["error"] for error in host.status()["errors"])

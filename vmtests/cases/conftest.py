@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
+
+from erofsgen.host.doctor import plane_works
+
+CASES = Path(__file__).resolve().parent
+sys.path.insert(0, str(CASES))
+sys.path.insert(0, str(CASES.parents[1] / "tests"))
+sys.path.insert(0, str(CASES.parents[1] / "tests" / "host"))
+
+import handmade  # noqa: E402
+import sites  # noqa: E402
 
 PHASE = os.environ.get("EROFSGEN_VM_PHASE", "main")
 
@@ -49,3 +61,37 @@ def network():
     with IPRoute() as routes:
         (loopback,) = routes.link_lookup(ifname="lo")
         routes.link("set", index=loopback, state="up")
+
+
+# --- planes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=sites.PLANES)
+def plane(request):
+    """Each plane in turn, the reason why it cannot be here as the skip's."""
+    finding = plane_works(Path(os.environ["EROFSGEN_VM_EXT4"]), request.param)
+    if not finding.ok:
+        pytest.skip(finding.detail)
+    return request.param
+
+
+@pytest.fixture
+def lazy_plane(plane):
+    """The lazy ones of them."""
+    if plane == "eager":
+        pytest.skip("nothing is missing from an eager mount")
+    return plane
+
+
+@pytest.fixture
+def site(plane, tmp_path):
+    """A root, a store and room for mounts on the ext4 disk; everything is gone afterwards."""
+    found = sites.Site(tmp_path, plane)
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def wide(site):
+    """An image of 61 frames in the site's store."""
+    return handmade.make_wide(site.maker)

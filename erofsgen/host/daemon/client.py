@@ -18,7 +18,7 @@ from erofsgen.host.daemon import control
 LOG: Final = "daemon.log"
 _LOG_LIMIT: Final = 8 << 20
 """Bytes after which the log is begun anew, when a daemon starts."""
-_START: Final = 10.0
+_START: Final = 60.0
 """Seconds that a daemon has to start in."""
 
 Progress = Callable[[dict[str, Any]], None]

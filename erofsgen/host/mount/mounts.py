@@ -11,7 +11,6 @@ below it, which is attached nowhere else: one umount ends both. See :mod:`erofsg
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
@@ -32,6 +31,12 @@ from erofsgen.host.mount.state import How, MountInfo, MountStates, Plane, namesp
 from erofsgen.host.pull import complete
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
+
+_FSID: Final = 20
+"""Digits of a digest in an fsid: the kernel tells mounts apart in sysfs by 36 characters of domain and fsid, and with
+two that are alike there the second fails (super_set_sysfs_name_generic(), fs/super.c)."""
+_BY_HAND: Final = 64
+"""Numbers to try that somebody may have used who does not tell us."""
 
 READ_AHEAD: Final = 512
 """KiB that EROFS reads ahead of a sequential reader of a lazy mount, by measurement: see docs/decisions.md."""
@@ -175,13 +180,13 @@ def _how(plane: Plane, index: Path) -> How:
 
 def _mount_fscache(digest: str, taken: Collection[str | None], read_ahead: int) -> tuple[int, str]:
     """A mount of an image, and its fsid: the lowest number that is free, so that what the kernel has is used again."""
-    name = digest.removeprefix("sha256:")
-    for number in itertools.count():
-        fsid = f"{name}.{number}" if number else name
+    name = digest.removeprefix("sha256:")[:_FSID]
+    for number in range(len(taken) + _BY_HAND):
+        fsid = f"{name}.{number}"
         if fsid not in taken:
             with suppress(BusyError):  # somebody has mounted it by hand
                 return superblock.mount_fscache(fsid, DOMAIN, read_ahead=read_ahead), fsid
-    raise AssertionError
+    raise BusyError(f"{name}.0 to {name}.{number}: the kernel has these fsids already", hint="see `mount -t erofs`")
 
 
 def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:

@@ -1,0 +1,85 @@
+"""A host under one plane: its root, its store, its mounts and its daemon, on a disk of the guest."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+from handmade import ImageMaker, erofs_mounts_below
+from lazykit import Host, eventually, processes
+
+from erofsgen.host import linux
+from erofsgen.host.mount.mounts import unmount
+from erofsgen.store.directory import DirectoryStore
+
+PLANES = ("fanotify", "fscache", "eager")
+
+
+class Site:
+    """Below ``place``. ``options``: of the daemon, which completes no packs by itself and reads nothing ahead."""
+
+    def __init__(self, place, plane, **options):
+        self.place = place
+        self.plane = plane
+        self.store = place / "store"
+        self.maker = ImageMaker(DirectoryStore(self.store))
+        self.mounted = []
+        self.host = Host(place / "root", plane, **{"read_ahead": 0, **options})
+        self.started = False
+
+    def start(self, *more):
+        if self.plane != "eager":
+            self.host.start("--worker=--complete-at", "--worker=2", *more)
+            self.started = True
+
+    def mount(self, image, name="mnt"):
+        if not self.started:
+            self.start()
+        target = self.place / name
+        self.host.mount(image, target)
+        self.mounted.append(target)
+        return target
+
+    def unmount(self, target, **options):
+        unmount(target, root=self.host.root, **options)
+        self.mounted.remove(target)
+
+    def frames(self):
+        """How many frames the worker has brought."""
+        return 0 if self.plane == "eager" else self.host.engine()["frames"]
+
+    def idle(self):
+        """Whether the kernel has let everything go."""
+        status = self.host.status()
+        return not status.get("open_objects", 0) and not status.get("marked_packs", 0)
+
+    def end(self):
+        try:
+            if self.plane != "eager":
+                self.host.end()
+                eventually(lambda: processes(self.host.root) == [])
+        finally:
+            for point in erofs_mounts_below(self.place):
+                linux.umount(point.target, linux.MNT_DETACH)
+
+
+def drop_caches():
+    """Let nothing be in the page cache."""
+    subprocess.run(["sync"], check=True)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def wrong_reads(top, files, seed, count=20):
+    """How many of ``count`` reads at random get other bytes than they should."""
+    chance = random.Random(seed)
+    wrong = 0
+    for _ in range(count):
+        name = chance.choice(list(files))
+        content = files[name]
+        offset = chance.randrange(len(content))
+        length = chance.choice([1, 511, 4096, 70_000, 600_000])
+        with open(top / name, "rb", buffering=0) as file:
+            wrong += os.pread(file.fileno(), length, offset) != content[offset : offset + length]
+    return wrong
