@@ -30,7 +30,7 @@ def test_the_tree_is_the_images(site):
     content, small = contents(5, 3 * CHUNK + 17, 100)
     pack = site.maker.pack(chunks_of(content))
     files = {"a/b/file": content, "a/small": small, "a/link": "b/file", "empty": None}
-    files["hole"] = content[:CHUNK] + bytes(2 * CHUNK) + content[CHUNK : 2 * CHUNK]
+    files["hole"] = content[:CHUNK] + bytes(2 * CHUNK + 100)
     mounted = site.mount(site.maker.image("tree", files, [pack]))
     assert read_tree(mounted) == files
     top, file = mounted.stat(), (mounted / "a/b/file").stat()
