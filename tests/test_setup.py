@@ -95,6 +95,19 @@ def test_setup_refuses_an_old_python(tmp_path):
     assert "Python 3.9.2 is too old, 3.11 or newer is needed" in result.stderr
 
 
+def test_vagrant_takes_the_vagrantfile(tmp_path):
+    """Where Vagrant is installed; without a provider it can still read the file."""
+    if not shutil.which("vagrant"):
+        pytest.skip("vagrant is not installed")
+    (tmp_path / "Vagrantfile").write_bytes((REPOSITORY / "Vagrantfile").read_bytes())
+    environment = {**os.environ, "VAGRANT_HOME": str(tmp_path / "home"), "VAGRANT_CHECKPOINT_DISABLE": "1"}
+    result = subprocess.run(
+        ["vagrant", "validate", "--ignore-provider"],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.fixture
 def ci(tmp_path):
     """.ci/run in a tree of its own, with a make that writes down what it is called for and fails as told."""

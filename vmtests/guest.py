@@ -36,6 +36,9 @@ MEMORY = "2G"
 DISK_SIZE = 4 << 30
 """Bytes of a scratch disk; its file is sparse."""
 
+NOT_RUN = 125
+"""The status of a guest that could not run its command: a scratch disk cannot be mounted."""
+
 _POLL = 0.2
 
 

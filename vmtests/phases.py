@@ -23,7 +23,7 @@ from pathlib import Path
 
 from erofsgen.errors import UsageError
 from vmtests import results
-from vmtests.guest import SCRATCH, SHARE, End, Outcome
+from vmtests.guest import NOT_RUN, SCRATCH, SHARE, End, Outcome
 from vmtests.kernels import Kernel
 from vmtests.places import CASES, REPOSITORY
 from vmtests.results import Result, Verdict
@@ -90,7 +90,9 @@ def run_kernel(kernel: Kernel, expression: str, share: Path, boot: Boot, collect
             seen = {result.nodeid for result in found}
             expected = [nodeid for nodeid in expected if nodeid not in seen]
             if outcome.end is End.DONE:
-                if outcome.status not in (0, _TESTS_FAILED, _NO_TESTS):
+                if outcome.status == NOT_RUN:
+                    run.troubles.append(f"the guest could not be set up in {label}")
+                elif outcome.status not in (0, _TESTS_FAILED, _NO_TESTS):
                     run.troubles.append(f"pytest exited with {outcome.status} in {label}")
                 break
             if outcome.end is not End.CUT:
