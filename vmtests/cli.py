@@ -64,6 +64,7 @@ def command(
 def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
     _say(f"{kernel.name}: booting Linux {kernel.release} with {'KVM' if kvm else 'TCG'}")
     directory = RUNS / kernel.name
+    guest.end_left(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     guest.make_disks(directory)
