@@ -24,17 +24,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Final, Protocol
+from typing import Final
 
 from erofsgen.errors import ErofsgenError, StorageError, UnsupportedError
 from erofsgen.host import linux
+from erofsgen.host.cache.cutoff import cut_off
 from erofsgen.host.daemon.journal import Entry
+from erofsgen.host.daemon.planes import Done, Introduction, Supervisor
 from fanotify_daemon import protocol
-from fanotify_daemon.cutoff import cut_off
 from fanotify_daemon.packs import MarkedPack
 
 _logger: Final = logging.getLogger(__name__)
@@ -49,35 +50,18 @@ _GROUP_FLAGS: Final = (
 _EVENT_FLAGS: Final = os.O_RDWR | os.O_LARGEFILE | os.O_CLOEXEC
 
 
-class Supervisor(Protocol):
-    """What a plane may ask of the supervisor that runs it."""
-
-    def saw(self, key: int, /) -> None:
-        """A request was read from the kernel."""
-
-    def missing(self, key: int, pack: str, offset: int, length: int, /) -> None:
-        """A request that the worker has to see to; :meth:`Plane.answer` follows."""
-
-    def ahead(self, pack: str, offset: int, length: int, /) -> None:
-        """A range that somebody will want soon."""
-
-    def forget(self, pack: str, /) -> None:
-        """The pack is no longer used: the worker lets go of it."""
-
-    def call(self, call: Callable[[], None], /) -> None:
-        """Run ``call`` in the supervisor's thread, soon."""
-
-
 class Plane:
-    """Packs under marks of the group ``group``, which is a new one where it is None.
+    """Packs under marks of the group ``group``, which is a new one where it is None. ``root`` is for other planes.
 
     ``read_ahead``: bytes to bring ahead of a sequential reader at most. All but probes and cutting off runs in the
     supervisor's thread. Raises UnsupportedError where the kernel has no pre-content events.
     """
 
     name = "fanotify"
+    journalled = True
+    survives = True
 
-    def __init__(self, group: int | None = None, *, read_ahead: int = 32 << 20) -> None:
+    def __init__(self, group: int | None = None, *, root: Path, read_ahead: int = 32 << 20) -> None:  # noqa: ARG002
         self._supervisor: Supervisor
         self._packs: dict[tuple[int, int], MarkedPack] = {}
         self._probing: dict[tuple[int, int], MarkedPack] = {}
@@ -179,11 +163,16 @@ class Plane:
 
     # --- packs -------------------------------------------------------------------------------------------------------
 
+    def introduce(self, pack: str) -> Introduction | None:
+        """The descriptor of an event, which writes without raising any."""
+        found = self.pack(pack)
+        return None if found is None or found.descriptor < 0 else Introduction(found.descriptor, {})
+
     def pack(self, name: str) -> MarkedPack | None:
         """The pack with this SHA-256, if it is marked."""
         return next((pack for pack in self._packs.values() if pack.hex == name), None)
 
-    def arm(self, mount: str, paths: Iterable[Path], done: Callable[[ErofsgenError | None], None]) -> None:
+    def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:
         """Mark packs for a mount about to be made, prove the marks, then call ``done`` with what went wrong, if so.
 
         :meth:`made` must follow, whatever became of the mount.
@@ -226,6 +215,9 @@ class Plane:
         for pack in list(self._packs.values()):
             self._release(pack)
 
+    def cull(self, wanted: int | None, keep: Collection[str] | None) -> int:  # noqa: ARG002  (the kernel keeps nothing)
+        return 0
+
     def _mark(self, path: Path) -> MarkedPack:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -266,7 +258,7 @@ class Plane:
 
     # --- proof -------------------------------------------------------------------------------------------------------
 
-    def prove(self, paths: Iterable[Path], done: Callable[[ErofsgenError | None], None]) -> None:
+    def prove(self, paths: Iterable[Path], done: Done) -> None:
         """Get a descriptor to write with for each pack, which is marked already, then call ``done``."""
 
         def proved(error: ErofsgenError | None) -> None:
@@ -275,7 +267,7 @@ class Plane:
 
         self.arm("proof", paths, proved)
 
-    def _probe(self, packs: Sequence[MarkedPack], done: Callable[[ErofsgenError | None], None]) -> None:
+    def _probe(self, packs: Sequence[MarkedPack], done: Done) -> None:
         """Read a byte of each pack. Runs in a thread of its own: the reads wait for the supervisor's."""
         result: ErofsgenError | None = None
         for pack in packs:
@@ -293,9 +285,7 @@ class Plane:
                     result = StorageError(f"{pack.data}: {error.strerror}")
         self._supervisor.call(lambda: self._proved(packs, result, done))
 
-    def _proved(
-        self, packs: Sequence[MarkedPack], error: ErofsgenError | None, done: Callable[[ErofsgenError | None], None]
-    ) -> None:
+    def _proved(self, packs: Sequence[MarkedPack], error: ErofsgenError | None, done: Done) -> None:
         for pack in packs:
             self._probing.pop(pack.inode, None)
             if error is None and pack.descriptor < 0:
@@ -313,7 +303,7 @@ class Plane:
 
     # --- changes of supervisor ---------------------------------------------------------------------------------------
 
-    def inherit(self, entries: Sequence[Entry], highest: int) -> None:
+    def inherit(self, entries: Sequence[Entry], highest: int) -> list[Entry]:
         """Take over what a dead supervisor has read and not answered; ``highest``: keys it saw are below that.
 
         Those in its journal wait on. The others were being looked at when it died, and what they ask for is not known:
@@ -329,6 +319,7 @@ class Plane:
             else:
                 os.dup2(null, key, inheritable=False)
         os.close(null)
+        return list(entries)
 
     def close_for_good(self, paths: Iterable[Path], done: Callable[[list[Path]], None]) -> None:
         """Before the group goes for good: let no read of a hole succeed afterwards, then call ``done``.
@@ -348,14 +339,6 @@ class Plane:
             self._supervisor.call(lambda: done(given_up))
 
         Thread(target=cut, name="cut-off", daemon=True).start()
-
-
-def abandoned(paths: Iterable[Path]) -> list[Path]:
-    """For a plane that starts without anybody's group: packs that are in use and incomplete, cut off now.
-
-    Whoever held the marks is gone, and with them whatever kept readers from holes.
-    """
-    return [path for path in paths if cut_off(path)]
 
 
 def _is_open(descriptor: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
-PYTHON_DIRECTORIES = ["erofsgen", "fanotify_daemon", "vmtests", "tests", "bench", "examples"]
+PYTHON_DIRECTORIES = ["erofsgen", "fanotify_daemon", "fscache_daemon", "vmtests", "tests", "bench", "examples"]
 SHELL_SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
     for directory in (".ci", "packaging", "vmtests")
@@ -35,7 +35,7 @@ def test_code_is_formatted():
 
 
 def test_types():
-    check(TOOLS / "mypy", "-p", "erofsgen", "-p", "fanotify_daemon", "-p", "vmtests")
+    check(TOOLS / "mypy", "-p", "erofsgen", "-p", "fanotify_daemon", "-p", "fscache_daemon", "-p", "vmtests")
 
 
 def test_imports_point_one_way():

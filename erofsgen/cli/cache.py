@@ -56,7 +56,9 @@ def du(settings: Settings) -> None:
         ],
     )
     limit = "no limit" if found.limit is None else f"the limit is {output.size(found.limit)}"
-    output.line(f"{output.counted(len(found.packs), 'pack')}, {output.size(found.allocated)} on disk; {limit}")
+    kernels = f", {output.size(found.fscache)} of it in the kernel's fscache" if found.fscache else ""
+    packs = output.counted(len(found.packs), "pack")
+    output.line(f"{packs}, {output.size(found.allocated)} on disk{kernels}; {limit}")
 
 
 @verb(json=True, name="gc")

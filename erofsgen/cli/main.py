@@ -33,6 +33,7 @@ VERBS: Final = (
     "umount",
     "mounts",
     "daemon",
+    "fscached",
     "status",
     "run",
     "doctor",

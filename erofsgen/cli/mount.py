@@ -42,7 +42,7 @@ def command(
             found,
             target,
             root=settings.root,
-            plane="eager" if eager else choose(plane),
+            plane="eager" if eager else choose(plane, settings.root),
             rw=rw or upper is not None,
             upper=upper,
             read_ahead=READ_AHEAD if read_ahead is None else read_ahead >> 10,

@@ -143,13 +143,16 @@ def _mount(request: Request) -> None:
     from erofsgen.host.mount.mounts import choose, mount, unmount
     from erofsgen.host.pull import find
 
-    if request.plane not in ("auto", "eager", "fanotify"):
+    if request.plane not in ("auto", "eager", "fanotify", "fscache"):
         raise UnsupportedError(
-            f"plane {request.plane} is not in this version", hint="use plane=auto, plane=fanotify or eager"
+            f"plane {request.plane} is not in this version",
+            hint="use plane=auto, plane=fanotify, plane=fscache or eager",
         )
     image = find(request.settings.cache(), request.settings.store, request.image)
     root = request.settings.root
-    info = mount(image, request.target, root=root, plane=choose(request.plane), rw=request.rw, upper=request.upper)
+    info = mount(
+        image, request.target, root=root, plane=choose(request.plane, root), rw=request.rw, upper=request.upper
+    )
     if request.attributes:
         try:
             _restrict(info.target, info.mount_id, request.attributes)

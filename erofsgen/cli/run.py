@@ -98,7 +98,7 @@ def command(
         found,
         options,
         root=settings.root,
-        plane="eager" if eager else choose(plane),
+        plane="eager" if eager else choose(plane, settings.root),
         name=name,
         upper=upper,
         runtime=runtime,

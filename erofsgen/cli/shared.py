@@ -171,7 +171,7 @@ def plane_options(function: F) -> F:
     """The options that say how an image's data comes to this host."""
     for option in (
         click.option(
-            "--plane", type=click.Choice(["auto", "fanotify"]), metavar="PLANE", default="auto",
+            "--plane", type=click.Choice(["auto", "fanotify", "fscache"]), metavar="PLANE", default="auto",
             help="How missing data is noticed; auto takes the first that works here.",
         ),
         click.option("--eager", is_flag=True, help="Put all of the image's data on this host first."),

@@ -45,7 +45,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("daemon", f"pid {facts['pid']}, since {_when(facts['started'])}, plane {facts['plane']}"),
         ("worker", f"pid {facts['worker']}, started anew {output.counted(facts['worker_restarts'], 'time')}"),
         ("standby", f"pid {facts['standby']}" if facts["standby"] else "none"),
-        ("mounts", f"{facts['lazy_mounts']} lazy, {output.counted(facts['marked_packs'], 'marked pack')}"),
+        ("mounts", f"{facts['lazy_mounts']} lazy, {_kept(facts)}"),
         ("reads", f"{facts['waiting']} waiting, {facts['denied']} failed"),
     ]
     if engine is not None:
@@ -59,6 +59,14 @@ def _print(facts: dict[str, Any]) -> None:
     output.facts(rows)
     for error in facts["errors"]:
         output.line(f"{_when(error['at'])} {output.one_line(error['error'])}")
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    from erofsgen.cli import output
+
+    if "marked_packs" in facts:
+        return output.counted(facts["marked_packs"], "marked pack")
+    return f"{output.counted(facts['open_objects'], 'open object')}, {facts['culled_objects']} culled"
 
 
 def _when(seconds: float) -> str:

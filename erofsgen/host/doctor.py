@@ -46,7 +46,10 @@ PLANES: Final[dict[str, tuple[tuple[Check, ...], ...]]] = {
 }
 """What each plane needs, in the order ``auto`` prefers them: one check of every group."""
 
-IMPLEMENTED: Final = ("fanotify", "eager")
+LAZY: Final = ("fanotify", "fscache")
+"""The lazy planes of this version, in that order."""
+
+IMPLEMENTED: Final = (*LAZY, "eager")
 
 
 class Plane(msgspec.Struct, frozen=True):

@@ -39,6 +39,7 @@ _PATIENCE: Final = 5.0
 
 _EVENT: Final = struct.Struct("=IBBHQii")  # linux/fanotify.h, struct fanotify_event_metadata
 _RESPONSE: Final = struct.Struct("=iI")  # struct fanotify_response
+_CACHEFILES: Final = "/dev/cachefiles"
 _CAP_SYS_ADMIN: Final = 21  # linux/capability.h
 _DESCRIPTORS: Final = 4096
 _ROOT: Final = "run as root, in the initial user namespace, with CAP_SYS_ADMIN"
@@ -64,8 +65,9 @@ def privilege(directory: Path) -> Finding:  # noqa: ARG001  (a probe's argument)
     (effective,) = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")]
     if not effective >> _CAP_SYS_ADMIN & 1:
         return Finding("privilege", "missing", "no CAP_SYS_ADMIN", _ROOT)
-    if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
-        return Finding("privilege", "missing", "in a user namespace", _ROOT)
+    with suppress(FileNotFoundError):  # a kernel without user namespaces
+        if Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"]:
+            return Finding("privilege", "missing", "in a user namespace", _ROOT)
     return Finding("privilege", "ok", "CAP_SYS_ADMIN")
 
 
@@ -241,21 +243,75 @@ def fanotify_limits(directory: Path) -> Finding:  # noqa: ARG001
     return Finding("fanotify limits", "ok", detail)
 
 
-def fscache(directory: Path) -> Finding:  # noqa: ARG001
-    """cachefiles in on-demand mode, and EROFS over it: Linux 5.19 to 7.1."""
+def fscache(directory: Path) -> Finding:
+    """cachefiles in on-demand mode with its cache here, and EROFS over it: Linux 5.19 to 7.1."""
     name = "fscache on demand"
     advice = "use Linux 5.19 to 7.1 with CONFIG_CACHEFILES_ONDEMAND and CONFIG_EROFS_FS_ONDEMAND"
-    config = kernel_config()
-    if not config and not os.path.exists("/dev/cachefiles"):
+    lacking = _lacks_fsid()
+    if lacking:
+        return Finding(name, "missing", lacking, advice)
+    if not os.path.exists(_CACHEFILES):
+        option = "CONFIG_CACHEFILES_ONDEMAND"
+        off = kernel_config() and not kernel_config().get(option)
         return Finding(
-            name, "unknown", "no /dev/cachefiles, and no kernel configuration to read", "modprobe cachefiles"
-        )
-    off = [o for o in ("CONFIG_CACHEFILES_ONDEMAND", "CONFIG_EROFS_FS_ONDEMAND") if config and not config.get(o)]
-    if off:
-        return Finding(name, "missing", f"{', '.join(off)} not set", advice)
-    if not os.path.exists("/dev/cachefiles"):
-        return Finding(name, "missing", "no /dev/cachefiles", "modprobe cachefiles")
-    return Finding(name, "ok" if config else "unknown", "/dev/cachefiles", None if config else advice)
+            name, "missing", f"no {_CACHEFILES}{f', {option} is not set' if off else ''}",
+            advice if off else f"modprobe cachefiles; {advice}",
+        )  # fmt: skip
+    try:
+        device = os.open(_CACHEFILES, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return _whose_device(name, directory)
+        return Finding(name, "missing", f"{_CACHEFILES}: {error.strerror}", _ROOT)
+    try:
+        with tempfile.TemporaryDirectory(dir=_existing(directory), prefix=".erofsgen-probe-") as scratch:
+            try:
+                os.write(device, b"dir " + os.fsencode(scratch))
+                os.write(device, b"bind ondemand")
+            finally:
+                os.close(device)  # the kernel lets go of the directory
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return Finding(name, "missing", "cachefiles has no on-demand mode", advice)
+        if error.errno in (errno.EOPNOTSUPP, errno.EROFS, errno.EPERM):
+            return Finding(name, "missing", f"the file system of {directory} is unfit: {error.strerror}", _OPT_IN)
+        return Finding(name, "missing", f"a cache in {directory}: {error.strerror}", "see `dmesg` for the reason")
+    return Finding(name, "ok", "a cache was bound, and given up")
+
+
+def _lacks_fsid() -> str | None:
+    """Why EROFS cannot be mounted from fscache, if so."""
+    try:
+        context = linux.fsopen("erofs")
+    except OSError as error:
+        return f"EROFS: {error.strerror}"
+    try:
+        linux.fsconfig_string(context, "fsid", "probe")
+        said = linux.fscontext_log(context)
+    except OSError:
+        return "EROFS has no option fsid"
+    finally:
+        os.close(context)
+    # a kernel built without it takes the option, and says so only in words
+    return "CONFIG_EROFS_FS_ONDEMAND is not set" if any("not support" in line for line in said) else None
+
+
+def _whose_device(name: str, root: Path) -> Finding:
+    """The device is open: by the daemon of this root, or by another."""
+    from erofsgen.host.daemon.client import Client
+
+    with suppress(ErofsgenError, OSError):
+        client = Client.connect(root)
+        if client is not None:
+            with client:
+                if client.call("hello")["plane"] == "fscache":
+                    return Finding(name, "ok", "the daemon of this root has the device")
+    return Finding(
+        name,
+        "missing",
+        f"another daemon has {_CACHEFILES}",
+        "stop it: cachefilesd, or the daemon of another root",
+    )
 
 
 def fuse(directory: Path) -> Finding:  # noqa: ARG001

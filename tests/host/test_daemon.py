@@ -100,7 +100,7 @@ class RecordedPlane:
     def attach(self, _supervisor: object) -> None:
         pass
 
-    def pack(self, _name: str) -> None:
+    def introduce(self, _pack: str) -> None:
         return None
 
     def answer(self, key: int, *, failed: bool) -> None:
@@ -280,7 +280,7 @@ def test_systemd_keeps_readers_waiting_over_a_crash(
     image = maker.image("image", {"file": content}, [pack])
     manager.start()
     host = Host(root)
-    assert set(manager.store) == {"group", "journal", "lock", "fill", "listen"}
+    assert set(manager.store) == {"fanotify", "journal", "lock", "fill", "listen"}
     assert host.status()["standby"] == 0, "systemd would end a process it does not know"
     host.mount(image, mount_point)
     os.kill(host.status()["worker"], signal.SIGSTOP)

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -34,6 +34,7 @@ from erofsgen.errors import BusyError, ErofsgenError, FormatError, IntegrityErro
 from erofsgen.host.cache.evict import evict
 from erofsgen.host.cache.files import Layout, PackFiles, replace_file
 from erofsgen.host.cache.frames import frame_starts
+from erofsgen.host.cache.objects import Objects
 from erofsgen.host.cache.part import Part, settle, storage
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.room import Room
@@ -45,7 +46,12 @@ from erofsgen.store.manifest import MANIFEST_LIMIT, Manifest, Pack, pack_from_de
 from erofsgen.store.open import open_store
 
 if TYPE_CHECKING:
+    from erofsgen.host.cache.objectfile import ObjectFile
     from erofsgen.host.cache.packfile import PackFile
+    from erofsgen.pack.toc import Toc
+
+Cull = Callable[[int | None, Collection[str] | None], int]
+"""Frees so many bytes, None: all, but of the given packs and images, None: but of the pinned; returns how many."""
 
 _FETCHERS: Final = 8
 """Tables of contents fetched at a time."""
@@ -142,6 +148,8 @@ class HostCache:
             for directory in (self.layout.images, *self.layout.directories):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.room = Room(self.layout, self.evict)
+        self.cull: Cull = self._remove_objects
+        """Frees what the kernel keeps for the fscache plane; while a daemon runs, only that can have it done."""
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -259,15 +267,25 @@ class HostCache:
             raise NotFoundError(f"{self.root}: no pack {pack}", hint="run `erofsgen pull` again")
         return files
 
+    def open_object(self, pack: Pack, map: Path, descriptor: int) -> ObjectFile:  # noqa: A002  (its word)
+        """A pack's object in the kernel's own cache, see :class:`ObjectFile`. Raises as :meth:`open_pack` does."""
+        from erofsgen.host.cache.objectfile import ObjectFile
+
+        files = self.files(pack.hex)
+        return ObjectFile(files, self._toc(pack, files), self.room, map=map, descriptor=descriptor)
+
     def open_pack(self, pack: Pack, descriptor: int | None = None) -> PackFile:
         """A pack of an image, see :class:`PackFile`. Raises NotFoundError, IntegrityError, StorageError."""
         from erofsgen.host.cache.packfile import PackFile
-        from erofsgen.pack.toc import Toc
 
         files = self.files(pack.hex)
+        return PackFile(files, self._toc(pack, files), self.room, descriptor=descriptor)
+
+    def _toc(self, pack: Pack, files: PackFiles) -> Toc:
+        from erofsgen.pack.toc import Toc
+
         with storage(files.toc):
-            data = files.toc.read_bytes()
-        return PackFile(files, Toc(data, pack.toc, what=f"pack {pack.hex}"), self.room, descriptor=descriptor)
+            return Toc(files.toc.read_bytes(), pack.toc, what=f"pack {pack.hex}")
 
     def _has_toc(self, pack: Pack) -> bool:
         files = self.layout.find(pack.hex)
@@ -309,6 +327,12 @@ class HostCache:
         pinned = set(self.layout.config.pinned)
         keep = {pack.hex for image in self.images() if image.digest in pinned for pack in image.packs}
         freed = evict(self.layout.data_files(), wanted, keep=keep)
+        self.room.give_back(freed)
+        return freed if freed >= wanted else freed + self.cull(wanted - freed, None)
+
+    def _remove_objects(self, wanted: int | None, keep: Collection[str] | None) -> int:
+        objects = Objects(self.layout)
+        freed = objects.remove(objects.pinned() if keep is None else keep, wanted)
         self.room.give_back(freed)
         return freed
 

@@ -8,9 +8,10 @@
     ├── ledger                   bytes in use, see erofsgen.host.cache.room
     ├── lock.fill                exclusive: whoever puts frames into packs, takes them out or repairs them
     ├── images/<manifest>.erofs  an image's index; .json its manifest, .config.json its source's config, .flat for loop
-    └── packs/<sha256>.data      a pack's device bytes, sparse, of full size from the start; or in CACHEDIR/packs
+    ├── packs/<sha256>.data      a pack's device bytes, sparse, of full size from the start; or in CACHEDIR/packs
               <sha256>.map       which of its frames are there, see erofsgen.host.cache.presence
               <sha256>.toc       its table of contents
+    └── fscache/                 what the kernel keeps for the fscache plane, see erofsgen.host.cache.objects
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class Layout:
     def directories(self) -> list[Path]:
         """Where packs are: one directory for each disk."""
         return [Path(place) / "packs" for place in self.config.directories] or [self.root / "packs"]
+
+    @property
+    def fscache(self) -> Path:
+        """Where the kernel's own cache is."""
+        return self.directories[0].parent / "fscache"
 
     def reload(self) -> None:
         """Learn what other processes have decided meanwhile."""
@@ -149,9 +155,8 @@ class Layout:
 
     def allocated(self) -> int:
         """Bytes that the cache takes on its disks."""
-        return sum(
-            item.stat().st_blocks * 512 for directory in (*self.directories, self.images) for item in _scan(directory)
-        )
+        places = (*self.directories, self.images, *self.fscache.glob("cache/*/*"))
+        return sum(item.stat().st_blocks * 512 for directory in places for item in _scan(directory))
 
     def _read(self) -> CacheConfig:
         path = self.root / _CONFIG

@@ -24,6 +24,7 @@ from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.files import PackFiles
 from erofsgen.host.cache.frames import frame_starts
+from erofsgen.host.cache.objects import Objects
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.verify import Report, verify
 from erofsgen.host.fill.engine import Engine
@@ -62,12 +63,13 @@ class ImageUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What the cache takes, and its limit, in bytes."""
+    """What the cache takes, and its limit, in bytes. ``fscache``: what the kernel's own cache takes of it."""
 
     allocated: int
     limit: int | None
     images: list[ImageUse]
     packs: list[PackUse]
+    fscache: int = 0
 
 
 class Removed(msgspec.Struct):
@@ -117,7 +119,13 @@ def usage(cache: HostCache) -> Usage:
                 in_use=not _idle(image.index),
             )
         )
-    return Usage(cache.layout.allocated(), cache.layout.config.max_bytes, found_images, list(packs.values()))
+    return Usage(
+        cache.layout.allocated(),
+        cache.layout.config.max_bytes,
+        found_images,
+        list(packs.values()),
+        sum(stored.size for stored in Objects(cache.layout).all()),
+    )
 
 
 def collect(cache: HostCache, *, images: bool = False, dry_run: bool = False) -> Removed:
@@ -182,6 +190,8 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
     for path in _leftovers(cache):
         remove([path])
         removed.leftovers.append(str(path))
+    if not dry_run:
+        removed.bytes += cache.cull(None, needed | {image.digest for image in staying})
     limit = cache.room.limit
     if limit is not None:
         over = cache.layout.allocated() - (removed.bytes if dry_run else 0) - limit

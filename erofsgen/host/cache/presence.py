@@ -115,6 +115,16 @@ class Presence:
                 os.close(descriptor)
                 raise
 
+    @classmethod
+    def frames_of(cls, path: Path) -> int:
+        """How many frames the map at ``path`` is for, by its header; 0 where that is damaged. Raises StorageError."""
+        with _storage(path), open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            return 0
+        magic, version, frames, _ = _HEADER.unpack(header)
+        return int(frames) if (magic, version) == (_MAGIC, _VERSION) else 0
+
     def fileno(self) -> int:
         """The map's descriptor, for the cache to ``flock``."""
         return self._descriptor

@@ -69,6 +69,11 @@ class Room:
                         hint="unmount or unpin images, or raise the limit with --max-bytes",
                     )
 
+    def make(self, size: int) -> bool:
+        """Free ``size`` bytes, or less, because the disk is full. False: nothing could be."""
+        with self._evicting:
+            return self._evict(size) > 0
+
     def give_back(self, size: int) -> None:
         """``size`` bytes are free again."""
         if self.limit is not None:

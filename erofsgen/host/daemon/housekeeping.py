@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from erofsgen.errors import ErofsgenError
+from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.fill.engine import Priority
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from erofsgen.host.daemon.worker import Worker
+
+Filled = PackFile | ObjectFile
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -35,16 +38,16 @@ class Housekeeping:
     def __init__(self, worker: Worker, *, complete_at: float) -> None:
         self._worker = worker
         self._complete_at = complete_at
-        self._touched: set[PackFile] = set()
-        self._completing: set[PackFile] = set()
-        self._not_before: dict[PackFile, float] = {}
+        self._touched: set[Filled] = set()
+        self._completing: set[Filled] = set()
+        self._not_before: dict[Filled, float] = {}
         self._lock = threading.Lock()  # over the three above
 
     def start(self) -> None:
         """Begin; it ends with the process."""
         threading.Thread(target=self._run, name="housekeeping", daemon=True).start()
 
-    def touched(self, pack: PackFile) -> None:
+    def touched(self, pack: Filled) -> None:
         """Something of the pack was asked for."""
         with self._lock:
             self._touched.add(pack)
@@ -77,13 +80,13 @@ class Housekeeping:
             elif present >= self._complete_at * len(pack.toc):
                 self._complete(pack)
 
-    def _complete(self, pack: PackFile) -> None:
+    def _complete(self, pack: Filled) -> None:
         with self._lock:
             self._completing.add(pack)
         future = self._worker.engine.request(pack, 0, pack.toc.device_size, priority=Priority.PREFETCH)
         future.add_done_callback(lambda ended: self._completed(pack, ended))
 
-    def _completed(self, pack: PackFile, ended: Future[None]) -> None:
+    def _completed(self, pack: Filled, ended: Future[None]) -> None:
         with self._lock:
             self._completing.discard(pack)
             if ended.exception() is not None:

@@ -23,7 +23,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._readers: dict[int, Callable[[], None]] = {}
+        self._handlers: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._calls: deque[Callable[[], None]] = deque()
@@ -36,14 +36,15 @@ class Loop:
         """The descriptor for ``signal.set_wakeup_fd``."""
         return self._wake_write
 
-    def watch(self, descriptor: int, readable: Callable[[], None]) -> None:
-        """Call ``readable`` whenever there is something to read, an end of file or an error."""
-        self._epoll.register(descriptor, select.EPOLLIN)
-        self._readers[descriptor] = readable
+    def watch(self, descriptor: int, ready: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        """Call ``ready`` whenever one of ``events`` is due: something to read, by default; an end of file or an error,
+        in any case."""
+        self._epoll.register(descriptor, events)
+        self._handlers[descriptor] = ready
 
     def unwatch(self, descriptor: int) -> None:
         """Before the descriptor is closed."""
-        if self._readers.pop(descriptor, None) is not None:
+        if self._handlers.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
 
     def after(self, seconds: float, call: Callable[[], None]) -> None:
@@ -74,9 +75,9 @@ class Loop:
         while not self._stopped:
             timeout = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
             for descriptor, _ in self._epoll.poll(timeout):
-                reader = self._readers.get(descriptor)  # an earlier handler may have taken it away
-                if reader is not None:
-                    reader()
+                handler = self._handlers.get(descriptor)  # an earlier handler may have taken it away
+                if handler is not None:
+                    handler()
             while self._calls:
                 self._calls.popleft()()
             while self._timers and self._timers[0][0] <= time.monotonic():

@@ -27,9 +27,12 @@ class Request(NamedTuple):
 
 
 class Requests:
-    """Requests that wait, by key. All have the same ``seconds`` to live, so the oldest expires first."""
+    """Requests that wait, by key. All have the same ``seconds`` to live, so the oldest expires first.
 
-    def __init__(self, journal: Journal, seconds: float) -> None:
+    ``journal``: None where the kernel tells the next supervisor what is not answered yet.
+    """
+
+    def __init__(self, journal: Journal | None, seconds: float) -> None:
         self._journal = journal
         self._seconds = seconds
         self._waiting: dict[int, Request] = {}
@@ -44,7 +47,8 @@ class Requests:
 
     def add(self, key: int, pack: str, offset: int, length: int) -> Request:
         """Somebody waits from now on. Raises IndexError where the journal has no slot for the key."""
-        self._journal.add(key, pack, offset, length)
+        if self._journal is not None:
+            self._journal.add(key, pack, offset, length)
         request = Request(key, pack, offset, length, time.monotonic() + self._seconds, next(self._serials))
         self._waiting[key] = request
         return request
@@ -55,7 +59,7 @@ class Requests:
 
     def answered(self, key: int) -> None:
         """The kernel has its answer."""
-        if self._waiting.pop(key, None) is not None:
+        if self._waiting.pop(key, None) is not None and self._journal is not None:
             self._journal.remove(key)
 
     def expired(self) -> Iterator[Request]:

@@ -44,12 +44,14 @@ from typing import Any, Final
 from erofsgen import __version__
 from erofsgen.errors import BusyError, ErofsgenError, StorageError, UsageError
 from erofsgen.host import linux
+from erofsgen.host.cache.cutoff import cut_off
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.daemon import control, systemd
 from erofsgen.host.daemon.channel import Message
 from erofsgen.host.daemon.control import Connection, ControlServer
 from erofsgen.host.daemon.journal import Journal
 from erofsgen.host.daemon.loop import Loop
+from erofsgen.host.daemon.planes import Plane
 from erofsgen.host.daemon.requests import Request, Requests
 from erofsgen.host.daemon.standby import Standby, become
 from erofsgen.host.daemon.workerlink import WorkerLink, worker_command
@@ -65,6 +67,8 @@ _SWEEP: Final = 10.0
 _SOON: Final = (0.02, 0.2, 1.0)
 """The same, after an unmount: the kernel closes a superblock's files a moment later."""
 _KEPT_ERRORS: Final = 16
+_HELD: Final = ("lock", "fill", "listen", "journal")
+"""What a successor needs besides the plane's descriptor, which goes by the plane's name."""
 
 
 class Supervisor:
@@ -73,8 +77,8 @@ class Supervisor:
     def __init__(
         self,
         root: Path,
-        plane: Any,  # noqa: ANN401  (imported by name: erofsgen knows no plane)
-        journal: Journal,
+        plane: Plane,
+        journal: Journal | None,
         listening: socket.socket,
         holds: dict[str, int],
         arguments: Sequence[str],
@@ -93,7 +97,7 @@ class Supervisor:
             self._loop,
             worker_command(str(root), options.worker),
             self._requests,
-            descriptor_of=self._descriptor_of,
+            introduction=plane.introduce,
             received=self._from_worker,
         )
         self._started = time.time()
@@ -114,7 +118,7 @@ class Supervisor:
         self._on(signal.SIGINT, lambda: self._stop(None))
         self._on(signal.SIGHUP, self._replace)
         self._on(signal.SIGCHLD, self._reap)
-        if not os.environ.get("NOTIFY_SOCKET"):
+        if self._plane.survives and not os.environ.get("NOTIFY_SOCKET"):
             self._standby.start()
         self._worker.start()
         self._loop.watch(self._plane.fileno(), self._plane.serve)
@@ -131,8 +135,8 @@ class Supervisor:
 
     def _inherit(self) -> None:
         """Go on with what a dead supervisor had read."""
-        entries = list(self._journal.entries())
-        self._plane.inherit(entries, self._journal.highest)
+        read = list(self._journal.entries()) if self._journal is not None else []
+        entries = self._plane.inherit(read, self._journal.highest if self._journal is not None else 0)
         for entry in entries:
             self._requests.add(entry.key, entry.pack, entry.offset, entry.length)
         paths = {entry.pack: self._data_file(entry.pack) for entry in entries}
@@ -207,8 +211,9 @@ class Supervisor:
     # --- the plane's side --------------------------------------------------------------------------------------------
 
     def saw(self, key: int) -> None:
-        """See :class:`fanotify_daemon.plane.Supervisor`; so are the following."""
-        self._journal.saw(key)
+        """See :class:`erofsgen.host.daemon.planes.Supervisor`; so are the following."""
+        if self._journal is not None:
+            self._journal.saw(key)
 
     def missing(self, key: int, pack: str, offset: int, length: int) -> None:
         request = self._requests.add(key, pack, offset, length)
@@ -222,14 +227,24 @@ class Supervisor:
     def forget(self, pack: str) -> None:
         self._worker.forget(pack)
 
+    def gave_back(self, size: int) -> None:
+        self._worker.tell({"do": "freed", "bytes": size})
+
+    def failed(self, error: str) -> None:
+        self._denied += 1
+        self._errors.append({"at": time.time(), "error": error})
+        _logger.error("read failed: %s", error)
+
     def call(self, call: Callable[[], None]) -> None:
         self._loop.call(call)
 
-    # --- the worker's side -------------------------------------------------------------------------------------------
+    def after(self, seconds: float, call: Callable[[], None]) -> None:
+        self._loop.after(seconds, call)
 
-    def _descriptor_of(self, pack: str) -> int:
-        found = self._plane.pack(pack)
-        return -1 if found is None else int(found.descriptor)
+    def watch(self, descriptor: int, ready: Callable[[], None], events: int) -> None:
+        self._loop.watch(descriptor, ready, events)
+
+    # --- the worker's side -------------------------------------------------------------------------------------------
 
     def _from_worker(self, message: Message) -> None:
         match message["do"]:
@@ -243,6 +258,9 @@ class Supervisor:
                 self._want(message["token"], [Path(path) for path in message["packs"]])
             case "leave":
                 self._left(message["token"])
+            case "cull":
+                freed = self._plane.cull(message["wanted"], message["keep"])
+                self._worker.tell({"do": "freed", "bytes": freed, "token": message["token"]})
 
     def _want(self, token: str, packs: list[Path]) -> None:
         """The worker wants to write to packs, whether they are mounted or not: it may through our descriptors only."""
@@ -267,9 +285,7 @@ class Supervisor:
         self._plane.answer(key, failed=error is not None)
         self._requests.answered(key)
         if error is not None:
-            self._denied += 1
-            self._errors.append({"at": time.time(), "error": error})
-            _logger.error("read failed: %s", error)
+            self.failed(error)
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -278,6 +294,11 @@ class Supervisor:
             case "hello":
                 connection.reply({"version": __version__, "pid": os.getpid(), "plane": self._plane.name})
             case "arm":
+                if command["plane"] != self._plane.name:
+                    raise BusyError(
+                        f"{self.root}: the daemon is of plane {self._plane.name}",
+                        hint="stop it first, or use its plane",
+                    )
                 self._arm(connection, str(command["mount"]), [Path(path) for path in command["packs"]])
             case "made":
                 connection.closed = lambda: None
@@ -392,7 +413,7 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Be the supervisor of ``options.root`` until told to stop. ``arguments`` start another like this."""
     root = Path(os.path.realpath(options.root))
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    module = importlib.import_module(f"{options.plane}_daemon.plane")
+    make_plane = importlib.import_module(f"{options.plane}_daemon.plane").Plane
     slots = _raise_limit()
     held = dict(pair.split("=") for pair in options.inherit.split(",") if pair) if options.inherit else systemd.kept()
     holds = {name: int(number) for name, number in held.items()}
@@ -402,18 +423,29 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         holds["lock"] = _lock(root, "lock.daemon")
     if "fill" not in holds:
         holds["fill"] = _lock(root, "lock.fill", wait=True)
-    fresh = "group" not in holds
-    plane = module.Plane(holds.get("group"), read_ahead=options.read_ahead)
-    holds["group"] = plane.fileno()
-    journal = Journal(holds["journal"]) if "journal" in holds else Journal.create(slots)
-    holds["journal"] = journal.fileno()
+    others = holds.keys() - {options.plane, *_HELD}
+    if others:
+        raise BusyError(
+            f"{root}: still holds what plane {min(others)} needs", hint="stop the service, not only restart it"
+        )
+    fresh = options.plane not in holds
+    settings = dict(setting.split("=", 1) for setting in options.plane_option)
+    plane = make_plane(holds.get(options.plane), root=root, read_ahead=options.read_ahead, **settings)
+    journal = None
+    if plane.journalled:
+        journal = Journal(holds["journal"]) if "journal" in holds else Journal.create(slots)
+        holds["journal"] = journal.fileno()
+    if plane.survives:
+        holds[options.plane] = plane.fileno()
     if fresh:
-        for path in module.abandoned(Layout(root).data_files()):
-            _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
+        for path in Layout(root).data_files():
+            if cut_off(path):
+                _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
     listening = socket.socket(fileno=holds["listen"]) if "listen" in holds else control.listen(root)
     holds["listen"] = listening.fileno()
-    for name in ("group", "journal", "lock", "fill", "listen"):
-        systemd.keep(name, holds[name])
+    if plane.survives:
+        for name, descriptor in holds.items():
+            systemd.keep(name, descriptor)
     if options.detach:
         if os.fork():
             os._exit(0)  # whoever waits for this knows that commands are taken
@@ -429,6 +461,7 @@ def main() -> None:
     parser.add_argument("--plane", default="fanotify")
     parser.add_argument("--deadline", type=float, default=30.0)
     parser.add_argument("--read-ahead", type=int, default=32 << 20)
+    parser.add_argument("--plane-option", action="append", default=[])
     parser.add_argument("--inherit", default="")
     parser.add_argument("--detach", action="store_true")
     parser.add_argument("--worker", action="append", default=[])

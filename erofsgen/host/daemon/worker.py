@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
 from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.daemon.channel import Channel, Message
 from erofsgen.host.daemon.housekeeping import Housekeeping
@@ -54,8 +55,8 @@ class Worker:
         self.cache = cache
         self.engine = Engine([], threads=options.threads, memory=options.memory)
         self._channel = channel
-        self._descriptors: dict[str, int] = {}
-        self._packs: dict[str, PackFile] = {}
+        self._introduced: dict[str, tuple[Message, int]] = {}  # descriptors to write with, and what is to be known
+        self._packs: dict[str, PackFile | ObjectFile] = {}
         self._known: dict[str, Pack] = {}
         self._lock = threading.Lock()  # over the three above
         self._wanted: dict[str, Future[str | None]] = {}
@@ -63,6 +64,8 @@ class Worker:
         self._housekeeping = Housekeeping(self, complete_at=options.complete_at)
         self._tasks = Tasks(self)
         self._scrub = options.scrub
+        self._culls: dict[str, Future[int]] = {}
+        cache.cull = self._cull
 
     def run(self) -> None:
         """Until the supervisor goes."""
@@ -79,7 +82,7 @@ class Worker:
     def _handle(self, message: Message, descriptors: list[int]) -> None:
         match message["do"]:
             case "pack":
-                self._introduce(message["pack"], descriptors[0])
+                self._introduce(message, descriptors[0])
             case "fill":
                 self._bring(message, Priority.DEMAND, message["deadline"], lambda error: self._done(message, error))
             case "ahead":
@@ -88,6 +91,8 @@ class Worker:
                 self._forget(message["pack"])
             case "wanted":
                 self._wanted[message["token"]].set_result(message["error"])
+            case "freed":
+                self._freed(message)
             case "client":
                 self._tasks.start(message["command"], socket.socket(fileno=descriptors[0]))
 
@@ -125,17 +130,52 @@ class Worker:
         reason = None if error is None else describe(error)
         self.tell({"do": "done", "key": fill["key"], "serial": fill["serial"], "error": reason})
 
+    # --- room --------------------------------------------------------------------------------------------------------
+
+    def _cull(self, wanted: int | None, keep: Collection[str] | None) -> int:
+        """Have the plane free what the kernel keeps by itself. Any thread but the main one, which hears the answer."""
+        token = secrets.token_hex(8)
+        culled = self._culls[token] = Future[int]()
+        self.tell({
+            "do": "cull", "token": token, "wanted": wanted, "keep": None if keep is None else sorted(keep),
+        })  # fmt: skip
+        try:
+            return culled.result(_PATIENCE)  # the room is given back by then
+        except TimeoutError:
+            return 0
+        finally:
+            del self._culls[token]
+
+    def _freed(self, message: Message) -> None:
+        self.cache.room.give_back(message["bytes"])
+        culled = self._culls.get(message.get("token", ""))
+        if culled is not None:
+            culled.set_result(message["bytes"])
+
     # --- packs -------------------------------------------------------------------------------------------------------
 
-    def pack(self, name: str) -> PackFile:
-        """The pack with this SHA-256, opened. Raises NotFoundError, and what :meth:`HostCache.open_pack` does."""
+    def pack(self, name: str) -> PackFile | ObjectFile:
+        """The pack with this SHA-256, or what the plane calls one of its objects, opened.
+
+        Raises NotFoundError, and what :meth:`HostCache.open_pack` does.
+        """
         with self._lock:
             opened = self._packs.get(name)
             if opened is None:
-                opened = self._packs[name] = self.cache.open_pack(
-                    self._find(name), descriptor=self._descriptors.pop(name, None)
-                )
+                facts, descriptor = self._introduced.pop(name, ({}, None))
+                pack = self._find(facts.get("of", name))
+                if "map" in facts and descriptor is not None:
+                    opened = self.cache.open_object(pack, Path(facts["map"]), descriptor)
+                else:
+                    opened = self.cache.open_pack(pack, descriptor=descriptor)
+                self._packs[name] = opened
             return opened
+
+    def pack_file(self, name: str) -> PackFile:
+        """The pack of the host cache with this SHA-256, opened; raises as :meth:`pack` does."""
+        opened = self.pack(name)
+        assert isinstance(opened, PackFile)
+        return opened
 
     @contextmanager
     def wanting(self, names: Sequence[str]) -> Iterator[list[PackFile]]:
@@ -148,7 +188,7 @@ class Worker:
             error = wanted.result(_PATIENCE)
             if error is not None:
                 raise StorageError(error)
-            yield [self.pack(name) for name in names]
+            yield [self.pack_file(name) for name in names]
         finally:
             del self._wanted[token]
             self.tell({"do": "leave", "token": token})
@@ -159,7 +199,7 @@ class Worker:
         with self.wanting([pack.hex]) as files:
             yield files[0]
 
-    def packs(self) -> list[PackFile]:
+    def packs(self) -> list[PackFile | ObjectFile]:
         """Those that are open."""
         with self._lock:
             return list(self._packs.values())
@@ -186,23 +226,24 @@ class Worker:
         for url in image.stores:
             self.engine.add_source(UrlSource(url))
 
-    def _introduce(self, name: str, descriptor: int) -> None:
+    def _introduce(self, message: Message, descriptor: int) -> None:
+        name = message["pack"]
         with self._lock:
             opened = self._packs.pop(name, None)  # read only, by a command: it was complete
-            self._descriptors[name] = descriptor
+            self._introduced[name] = message, descriptor
         if opened is not None:
             self._close(opened)
 
     def _forget(self, name: str) -> None:
         with self._lock:
             opened = self._packs.pop(name, None)
-            descriptor = self._descriptors.pop(name, None)
+            _, descriptor = self._introduced.pop(name, (None, None))
         if descriptor is not None:
             os.close(descriptor)
         if opened is not None:
             self._close(opened)
 
-    def _close(self, pack: PackFile) -> None:
+    def _close(self, pack: PackFile | ObjectFile) -> None:
         self.engine.forget(pack)
         pack.close()
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from erofsgen.host.daemon.channel import Channel, Message, pair
 from erofsgen.host.daemon.loop import Loop
+from erofsgen.host.daemon.planes import Introduction
 from erofsgen.host.daemon.requests import Request, Requests
 
 _logger: Final = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ _LONGEST_PAUSE: Final = 5.0
 class WorkerLink:
     """A worker that is there again whenever it dies.
 
-    ``command`` starts one; the number of its end of the channel is appended. ``descriptor_of`` gives the descriptor
-    that writes to a pack. ``received`` gets every message of the worker's. All in the loop's thread.
+    ``command`` starts one; the number of its end of the channel is appended. ``introduction`` says how to write to a
+    pack. ``received`` gets every message of the worker's. All in the loop's thread.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class WorkerLink:
         command: Sequence[str],
         requests: Requests,
         *,
-        descriptor_of: Callable[[str], int],
+        introduction: Callable[[str], Introduction | None],
         received: Callable[[Message], None],
     ) -> None:
         self._loop = loop
         self._command = list(command)
         self._requests = requests
-        self._descriptor_of = descriptor_of
+        self._introduction = introduction
         self._received = received
         self._channel: Channel | None = None
         self._introduced: set[str] = set()  # packs this worker has the descriptor of
@@ -148,13 +149,13 @@ class WorkerLink:
             self.pid = 0
 
     def introduce(self, pack: str) -> bool:
-        """Have the worker know the descriptor that writes to a pack. False: there is none."""
+        """Have the worker know how to write to a pack. False: not through the plane."""
         if pack not in self._introduced:
-            descriptor = self._descriptor_of(pack)
-            if descriptor < 0:
+            introduction = self._introduction(pack)
+            if introduction is None:
                 return False
             self._introduced.add(pack)
-            self._send({"do": "pack", "pack": pack}, descriptor)
+            self._send({"do": "pack", "pack": pack, **introduction.facts}, introduction.descriptor)
         return True
 
     def _send(self, message: Message, descriptor: int | None = None) -> None:

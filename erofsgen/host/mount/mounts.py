@@ -11,16 +11,18 @@ below it, which is attached nowhere else: one umount ends both. See :mod:`erofsg
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, StorageError, UnsupportedError, UsageError
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage, HostCache
+from erofsgen.host.cache.objects import DOMAIN
 from erofsgen.host.cache.part import settle, storage
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.mount import superblock
@@ -71,24 +73,25 @@ def mount(
     cache = HostCache(states.root)
     cached = image if isinstance(image, CachedImage) else cache.add(image, progress)
     if via is None:
-        via = "file-backed" if plane != "eager" or superblock.can_back_by_file(cached.index) else "loop"
+        via = _how(plane, cached.index)
     if via == "loop":
         cache.materialise_flat(image if isinstance(image, Image) else cached.open(), progress)
     elif plane == "eager":
         complete(cache, cached, image if isinstance(image, Image) else None, progress)
     identity = os.urandom(8).hex()
     with ExitStack() as undo, ExitStack() as held:
-        if via == "loop":
-            index, devices = cache.image_path(cached.digest, "flat"), []
-        else:
-            index, devices = cached.index, held.enter_context(cached.in_use())
+        index = cache.image_path(cached.digest, "flat") if via == "loop" else cached.index
+        devices = held.enter_context(cached.in_use()) if via == "file-backed" else []
         if plane != "eager":
-            client = held.enter_context(Client.start(states.root))
-            client.call("arm", mount=identity, packs=[os.fspath(path) for path in devices])
+            client = held.enter_context(Client.start(states.root, ["--plane", plane]))
+            client.call("arm", mount=identity, plane=plane, packs=[os.fspath(path) for path in devices])
         mounted = held.enter_context(states.locked())
         _refuse(mounted, target, upper)
+        fsid = None
         if via == "loop":
             top = superblock.mount_loop(index)
+        elif via == "fscache":
+            top, fsid = _mount_fscache(cached.digest, {info.fsid for info in mounted}, read_ahead)
         else:
             top = superblock.mount_files(index, devices, read_ahead=None if plane == "eager" else read_ahead)
         held.callback(os.close, top)
@@ -114,6 +117,7 @@ def mount(
             keep=upper is not None,
             index=str(index),
             devices=[str(path) for path in devices],
+            fsid=fsid,
             mounted_at=datetime.now(UTC).isoformat(timespec="seconds"),
             mount_id=linux.mount_id(top),
             device=f"{os.major(device)}:{os.minor(device)}",
@@ -134,9 +138,50 @@ def mount(
     return info
 
 
-def choose(plane: str) -> Plane:
-    """The plane that the user's word means. ``auto``: the first there is; that it works shows when it is started."""
-    return "fanotify" if plane in ("auto", "fanotify") else "eager"
+def choose(plane: str, root: Path) -> Plane:
+    """The plane that the user's word means. ``auto``: that of the daemon that runs, or the lazy one that works first.
+
+    Raises UnsupportedError where none works.
+    """
+    if plane != "auto":
+        return cast(Plane, plane)
+    client = Client.connect(root)
+    if client is not None:
+        with client:
+            return cast(Plane, client.call("hello")["plane"])
+    return first_that_works(root)
+
+
+def first_that_works(root: Path) -> Plane:
+    """The lazy plane that ``auto`` means where no daemon runs. Raises UnsupportedError where none works."""
+    from erofsgen.host.doctor import LAZY, plane_works
+
+    reasons = []
+    for lazy in LAZY:
+        finding = plane_works(root, lazy)
+        if finding.ok:
+            return lazy
+        reasons.append(f"{lazy}: {finding.detail}")
+    raise UnsupportedError(
+        f"no image can be mounted lazily here: {'; '.join(reasons)}", hint="see `erofsgen doctor`; mount with --eager"
+    )
+
+
+def _how(plane: Plane, index: Path) -> How:
+    if plane == "fscache":
+        return "fscache"
+    return "file-backed" if plane != "eager" or superblock.can_back_by_file(index) else "loop"
+
+
+def _mount_fscache(digest: str, taken: Collection[str | None], read_ahead: int) -> tuple[int, str]:
+    """A mount of an image, and its fsid: the lowest number that is free, so that what the kernel has is used again."""
+    name = digest.removeprefix("sha256:")
+    for number in itertools.count():
+        fsid = f"{name}.{number}" if number else name
+        if fsid not in taken:
+            with suppress(BusyError):  # somebody has mounted it by hand
+                return superblock.mount_fscache(fsid, DOMAIN, read_ahead=read_ahead), fsid
+    raise AssertionError
 
 
 def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:

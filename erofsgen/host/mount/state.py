@@ -33,17 +33,19 @@ from erofsgen.errors import FormatError
 from erofsgen.host import linux
 from erofsgen.host.cache.part import storage
 
-How = Literal["file-backed", "loop"]
-Plane = Literal["eager", "fanotify"]
+How = Literal["file-backed", "loop", "fscache"]
+Plane = Literal["eager", "fanotify", "fscache"]
 
 
 class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A mount, and all that is needed to undo it. Paths are absolute, without symbolic links.
 
     ``plane``            ``eager``: all of it was local when it was mounted; otherwise who brings what is missing
-    ``how``              ``file-backed``: index and devices are files; ``loop``: one flat image under a loop device
+    ``how``              ``file-backed``: index and devices are files; ``loop``: one flat image under a loop device;
+                         ``fscache``: the kernel's own cache has them
     ``index``            the index, or the flat image
-    ``devices``          packs' data files in device-slot order; none under ``loop``
+    ``devices``          packs' data files in device-slot order; those of ``file-backed`` only
+    ``fsid``             what an ``fscache`` mount calls the index
     ``upper``, ``work``  the overlay's directories, None for a read-only mount
     ``keep``             ``upper`` was given by the user and outlives the mount
     ``mounted_at``       UTC, ISO 8601
@@ -63,6 +65,7 @@ class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
     keep: bool
     index: str
     devices: list[str]
+    fsid: str | None = None
     mounted_at: str
     mount_id: int
     device: str

@@ -72,16 +72,39 @@ def mount_files(index: Path, devices: Sequence[Path], *, read_ahead: int | None 
         linux.fsconfig_flag(context, "ro")
         linux.fsconfig_create(context)
         mount = linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
-    # Nothing tells which of them is the new superblock's (super_setup_bdi() numbers them). Another mount made in the
-    # same instant would get the setting, too, which does it no harm
-    for name in _backing_devices() - before if read_ahead is not None else ():
-        with suppress(OSError):  # no sysfs, or a read-only one
-            Path(_BACKING_DEVICES, name, "read_ahead_kb").write_text(str(read_ahead))
+    if read_ahead is not None:
+        _read_ahead(before, read_ahead)
     return mount
 
 
+def mount_fscache(fsid: str, domain: str, *, read_ahead: int) -> int:
+    """EROFS over what the kernel's own cache has, or asks its daemon for (Linux 5.19 to 7.1).
+
+    ``fsid`` names the index, once at a time in ``domain``: BusyError where it is mounted. ``read_ahead`` in KiB.
+    """
+    before = _backing_devices()
+    with _context("erofs", Path(fsid)) as context:
+        linux.fsconfig_string(context, "source", "none")
+        linux.fsconfig_string(context, "fsid", fsid)
+        linux.fsconfig_string(context, "domain_id", domain)
+        linux.fsconfig_flag(context, "ro")
+        linux.fsconfig_create(context)
+        mount = linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
+    _read_ahead(before, read_ahead)
+    return mount
+
+
+def _read_ahead(before: set[str], read_ahead: int) -> None:
+    """Set what is read ahead in the superblock that was made since ``before``."""
+    # Nothing tells which of them is the new superblock's (super_setup_bdi() numbers them). Another mount made in the
+    # same instant would get the setting, too, which does it no harm
+    for name in _backing_devices() - before:
+        with suppress(OSError):  # no sysfs, or a read-only one
+            Path(_BACKING_DEVICES, name, "read_ahead_kb").write_text(str(read_ahead))
+
+
 def _backing_devices() -> set[str]:
-    """EROFS superblocks that files back, as sysfs has them."""
+    """EROFS superblocks that no block device backs, as sysfs has them."""
     with suppress(OSError):
         return {name for name in os.listdir(_BACKING_DEVICES) if name.startswith("erofs-")}
     return set()
@@ -160,7 +183,7 @@ def _refused(fstype: str, what: Path, error: OSError, log: list[str]) -> Erofsge
             return UnsupportedError(message, hint="see `dmesg` for the kernel's reasons")
         case errno.EBADMSG | errno.EIO | errno.EUCLEAN:
             return FormatError(message, hint="see `dmesg` for the kernel's reasons")
-        case errno.EBUSY:
+        case errno.EBUSY | errno.EEXIST:
             return BusyError(message)
         case _:
             return StorageError(message, hint="see `dmesg` for the kernel's reasons")

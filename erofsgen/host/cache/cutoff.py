@@ -12,7 +12,8 @@ from pathlib import Path
 
 from erofsgen.errors import ErofsgenError
 from erofsgen.host import linux
-from fanotify_daemon.packs import MarkedPack
+from erofsgen.host.cache.frames import frame_starts
+from erofsgen.host.cache.presence import Presence
 
 
 def cut_off(data: Path) -> bool:
@@ -37,10 +38,8 @@ def cut_off(data: Path) -> bool:
 
 
 def _is_complete(data: Path) -> bool:
-    with suppress(ErofsgenError):
-        pack = MarkedPack(data, 0)
-        try:
-            return pack.complete
-        finally:
-            pack.close()
+    with suppress(ErofsgenError, OSError):
+        starts = frame_starts(data.with_suffix(".toc").read_bytes(), what=str(data))
+        with Presence.open(data.with_suffix(".map"), len(starts) - 1) as presence:
+            return os.stat(data).st_size == starts[-1] and presence.complete
     return False
