@@ -33,6 +33,8 @@ CRASHES = 3
 CASE_SECONDS = 600
 """A test that takes longer fails."""
 
+_PLUGINS = ("pytest_timeout", "pytest_reportlog.plugin")  # others take seconds to import in a guest
+
 _TESTS_FAILED, _NO_TESTS = 1, 5  # pytest's exit codes, beside 0
 
 Boot = Callable[[str, str, Mapping[str, str]], Outcome]
@@ -115,6 +117,7 @@ def _environment(kernel: Kernel, phase: str) -> dict[str, str]:
         "EROFSGEN_VM_EXT4": f"{SCRATCH}/ext4",
         "EROFSGEN_VM_XFS": f"{SCRATCH}/xfs",
         "EROFSGEN_VM_SHARE": SHARE,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -123,6 +126,7 @@ def _environment(kernel: Kernel, phase: str) -> dict[str, str]:
 def _command(label: str, phase: str, expression: str, done: Iterable[str]) -> str:
     """The guest's command: pytest on this tree, without the tests that were run in an earlier guest of the phase."""
     options = [
+        *(f"-p{plugin}" for plugin in _PLUGINS),
         f"--report-log={SHARE}/{label}.jsonl",
         f"--basetemp={SCRATCH}/ext4/pytest-{phase}",
         f"--timeout={CASE_SECONDS}",
