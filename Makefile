@@ -8,10 +8,10 @@ ARGS ?=
 BENCHES := bench/build.py bench/host.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint vmtest vmtest-all bench clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing: system packages (apt-get, needs root or sudo) and .venv
 	@PYTHON='$(PYTHON)' packaging/setup
@@ -24,6 +24,14 @@ test: setup ## Run the whole test suite, lint and types included (mounts need ro
 
 lint: setup ## Run the linters, the type checker and the import contracts only
 	@$(VENV)/bin/python -m pytest -q tests/test_lint.py $(ARGS)
+
+vmtest: setup ## Run the kernel tests in QEMU on two kernels; ARGS="--kernel 6.1 -k name" for others, see docs/vmtests.md
+	@packaging/setup vm
+	@vmtests/run $(ARGS)
+
+vmtest-all: setup ## Run the kernel tests on every kernel and write docs/conformance.md (hours)
+	@packaging/setup vm
+	@vmtests/run --all $(ARGS)
 
 bench: setup ## Run every benchmark (makes a 2 GB image the first time); ARGS=--quick for a smoke run
 	@for script in $(BENCHES); do $(VENV)/bin/python "$$script" $(ARGS) || exit; done

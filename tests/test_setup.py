@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -94,9 +95,63 @@ def test_setup_refuses_an_old_python(tmp_path):
     assert "Python 3.9.2 is too old, 3.11 or newer is needed" in result.stderr
 
 
-def test_ci_runs_the_whole_suite():
-    script = (REPOSITORY / ".ci/run").read_text()
-    assert os.access(REPOSITORY / ".ci/run", os.X_OK)
-    assert re.search(r"^exec make .*\btest\b", script, re.MULTILINE)
+def test_vagrant_takes_the_vagrantfile(tmp_path):
+    """Where Vagrant is installed; without a provider it can still read the file."""
+    if not shutil.which("vagrant"):
+        pytest.skip("vagrant is not installed")
+    (tmp_path / "Vagrantfile").write_bytes((REPOSITORY / "Vagrantfile").read_bytes())
+    environment = {**os.environ, "VAGRANT_HOME": str(tmp_path / "home"), "VAGRANT_CHECKPOINT_DISABLE": "1"}
+    result = subprocess.run(
+        ["vagrant", "validate", "--ignore-provider"],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.fixture
+def ci(tmp_path):
+    """.ci/run in a tree of its own, with a make that writes down what it is called for and fails as told."""
+    (tmp_path / "tree/.ci").mkdir(parents=True)
+    script = tmp_path / "tree/.ci/run"
+    script.write_bytes((REPOSITORY / ".ci/run").read_bytes())
+    script.chmod(0o755)
+    called = tmp_path / "called"
+
+    def run(**exit_codes: int) -> tuple[int, list[str], str]:
+        cases = "".join(f'*" {target}"|*" {target} "*) exit {code};; ' for target, code in exit_codes.items())
+        fake = tmp_path / "bin/make"
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text(f'#!/bin/sh\necho "$*|$EROFSGEN_KERNEL_CACHE" >> {called}\ncase "$*" in {cases}esac\n')
+        fake.chmod(0o755)
+        called.unlink(missing_ok=True)
+        environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+        environment.pop("EROFSGEN_KERNEL_CACHE", None)
+        result = subprocess.run([script], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        lines = [line.split("|") for line in called.read_text().splitlines()]
+        return result.returncode, [words[0].split()[1] for words in lines], lines[0][1]
+
+    return run
+
+
+def test_ci_runs_the_whole_suite_and_the_kernel_tests(ci):
+    assert ci() == (0, ["test", "vmtest"], "")
     recipe = make("--dry-run", "test").stdout
     assert re.search(r"python -m pytest\s*$", recipe), "make test must not leave any test out"
+
+
+def test_ci_runs_both_and_the_first_failure_decides(ci):
+    assert ci(test=3)[:2] == (3, ["test", "vmtest"])
+    assert ci(vmtest=4)[:2] == (4, ["test", "vmtest"])
+    assert ci(test=3, vmtest=4)[:2] == (3, ["test", "vmtest"])
+
+
+def test_setup_knows_what_the_kernel_tests_need(no_apt):
+    """Where everything is there, nothing is installed; what there is not to set up is refused."""
+    environment, log = no_apt
+    script = REPOSITORY / "packaging/setup"
+    assert subprocess.run([script, "nonsense"], stdin=subprocess.DEVNULL, capture_output=True).returncode == 2
+    if not all(shutil.which(tool) for tool in ("qemu-system-x86_64", "busybox", "flex", "bison", "bc", "file")):
+        pytest.skip("this machine was not set up for the kernel tests")
+    result = subprocess.run([script, "vm"], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not log.exists()

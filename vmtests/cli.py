@@ -13,6 +13,7 @@ import click
 
 from erofsgen.errors import ErofsgenError
 from vmtests import conformance, guest, phases
+from vmtests.guest import NOT_RUN, End, Outcome
 from vmtests.kernels import CATALOGUE, QUICK, Kernel, provide
 from vmtests.phases import Run
 from vmtests.places import RUNS, locked
@@ -63,6 +64,7 @@ def command(
 def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
     _say(f"{kernel.name}: booting Linux {kernel.release} with {'KVM' if kvm else 'TCG'}")
     directory = RUNS / kernel.name
+    guest.end_left(directory)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     guest.make_disks(directory)
@@ -99,6 +101,14 @@ def _print(name: str, run: Run) -> None:
     if not run.passed:
         for outcome in run.boots.values():
             click.echo(f"{name}: console {outcome.console}, output {outcome.output}")
+            if outcome.end in (End.CRASHED, End.DEADLINE) or outcome.status == NOT_RUN:
+                click.echo("".join(f"    {line}\n" for line in _last_lines(outcome)), nl=False)
+
+
+def _last_lines(outcome: Outcome, count: int = 12) -> list[str]:
+    """The end of what a guest said that ended badly: of its own output, if it came that far, and of its console."""
+    texts = [path.read_text(errors="replace") for path in (outcome.output, outcome.console) if path.exists()]
+    return [line for text in texts for line in text.splitlines()[-count:]]
 
 
 def _copy(name: str, report: Path) -> None:

@@ -21,7 +21,8 @@ SUITES = ("bookworm", "trixie", "trixie-backports", "sid")
 
 _STOCK = re.compile(r"linux-image-(?P<release>\d+\.\d+[^_]*-amd64)")
 _UNWANTED = re.compile(r"-(unsigned|dbg|cloud|rt)(-|$)|-template$")
-_NEEDED = re.compile(r"(linux-(?:binary|modules|base)-\S+) \(= ([^)]+)\)")
+# linux-base-<release>, which some name too, has nothing but hooks and texts, and leaves the suites first.
+_NEEDED = re.compile(r"(linux-(?:binary|modules)-\S+) \(= ([^)]+)\)")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ MEMORY = "2G"
 DISK_SIZE = 4 << 30
 """Bytes of a scratch disk; its file is sparse."""
 
+NOT_RUN = 125
+"""The status of a guest that could not run its command: a scratch disk cannot be mounted."""
+
 _POLL = 0.2
 
 
@@ -68,6 +71,15 @@ def make_disks(directory: Path) -> dict[str, Path]:
             file.truncate(DISK_SIZE)
         run(f"mkfs.{kind}", *(["-q", "-F"] if kind == "ext4" else ["-q"]), path)
     return disks
+
+
+def end_left(directory: Path) -> None:
+    """End guests of ``directory`` that outlived whoever booted them; other processes may have their numbers by now."""
+    for pid_file in directory.glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(pid_file.read_text())
+            if os.fsencode(pid_file) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Guest:

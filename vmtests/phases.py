@@ -23,7 +23,7 @@ from pathlib import Path
 
 from erofsgen.errors import UsageError
 from vmtests import results
-from vmtests.guest import SCRATCH, SHARE, End, Outcome
+from vmtests.guest import NOT_RUN, SCRATCH, SHARE, End, Outcome
 from vmtests.kernels import Kernel
 from vmtests.places import CASES, REPOSITORY
 from vmtests.results import Result, Verdict
@@ -32,6 +32,8 @@ PHASES = ("main", "reboot", "aftercut")
 CRASHES = 3
 CASE_SECONDS = 600
 """A test that takes longer fails."""
+
+_PLUGINS = ("pytest_timeout", "pytest_reportlog.plugin")  # others take seconds to import in a guest
 
 _TESTS_FAILED, _NO_TESTS = 1, 5  # pytest's exit codes, beside 0
 
@@ -90,7 +92,9 @@ def run_kernel(kernel: Kernel, expression: str, share: Path, boot: Boot, collect
             seen = {result.nodeid for result in found}
             expected = [nodeid for nodeid in expected if nodeid not in seen]
             if outcome.end is End.DONE:
-                if outcome.status not in (0, _TESTS_FAILED, _NO_TESTS):
+                if outcome.status == NOT_RUN:
+                    run.troubles.append(f"the guest could not be set up in {label}")
+                elif outcome.status not in (0, _TESTS_FAILED, _NO_TESTS):
                     run.troubles.append(f"pytest exited with {outcome.status} in {label}")
                 break
             if outcome.end is not End.CUT:
@@ -113,6 +117,7 @@ def _environment(kernel: Kernel, phase: str) -> dict[str, str]:
         "EROFSGEN_VM_EXT4": f"{SCRATCH}/ext4",
         "EROFSGEN_VM_XFS": f"{SCRATCH}/xfs",
         "EROFSGEN_VM_SHARE": SHARE,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
     }
@@ -121,6 +126,7 @@ def _environment(kernel: Kernel, phase: str) -> dict[str, str]:
 def _command(label: str, phase: str, expression: str, done: Iterable[str]) -> str:
     """The guest's command: pytest on this tree, without the tests that were run in an earlier guest of the phase."""
     options = [
+        *(f"-p{plugin}" for plugin in _PLUGINS),
         f"--report-log={SHARE}/{label}.jsonl",
         f"--basetemp={SCRATCH}/ext4/pytest-{phase}",
         f"--timeout={CASE_SECONDS}",
