@@ -27,13 +27,13 @@ class Limits:
     """Per cent of free space on the cache's disk: culling stops at ``run``, begins at ``cull``; nothing is written
     below ``stop``. Raises UsageError."""
 
-    def __init__(self, run: float = 7, cull: float = 5, stop: float = 1) -> None:
+    def __init__(self, run: int = 7, cull: int = 5, stop: int = 1) -> None:
         if not 0 <= stop < cull < run < 100:
             raise UsageError(
                 f"free space to stop at {stop}%, to cull at {cull}%, to run at {run}%",
                 hint="each must be above the one before, and below 100",
             )
-        self.run, self.cull, self.stop = int(run), int(cull), int(stop)
+        self.run, self.cull, self.stop = run, cull, stop
 
 
 class Device:

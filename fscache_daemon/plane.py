@@ -67,15 +67,15 @@ class Plane:
         *,
         root: Path,
         read_ahead: int = 32 << 20,
-        brun: str | float = 7,
-        bcull: str | float = 5,
-        bstop: str | float = 1,
+        brun: str | int = 7,
+        bcull: str | int = 5,
+        bstop: str | int = 1,
     ) -> None:
         self._supervisor: Supervisor
         self._layout = Layout(root)
         self._objects = Objects(self._layout)
         self._read_ahead = read_ahead
-        self._limits = Limits(float(brun), float(bcull), float(bstop))
+        self._limits = Limits(int(brun), int(bcull), int(bstop))
         self._open: dict[int, OpenIndex | OpenPack] = {}
         self._waiting: dict[int, OpenPack] = {}  # messages that the worker sees to
         self._unsettled: set[OpenPack] = set()  # closed, and not yet known to be on the disk
