@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,22 +26,10 @@ def demo_image() -> imagemaker.Image:
 
 @pytest.fixture(scope="session")
 def umoci_unpacked(demo_image: imagemaker.Image) -> Path:
-    """The demo image's root file system as ``umoci unpack`` lays it out, owners and xattrs included. Read only!
-
-    Kept beside the image in the cache: the unpacker is not ours, so its answer does not change with our code.
-    """
+    """The demo image's root file system, by :func:`imagemaker.unpacked`. Read only!"""
     if os.geteuid() != 0:
         pytest.skip("unpacking with owners and devices needs root")
-    place = imagemaker.CACHE / "unpacked" / demo_image.layout.name
-    place.parent.mkdir(exist_ok=True)
-    with open(imagemaker.CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            work = place.with_name(place.name + ".part")
-            shutil.rmtree(work, ignore_errors=True)
-            imagemaker.run_tool("umoci", "unpack", "--image", demo_image.reference, str(work))
-            os.rename(work, place)
-    return place / "rootfs"
+    return imagemaker.unpacked(demo_image)
 
 
 @pytest.fixture(scope="session")

@@ -464,6 +464,23 @@ def demo_image() -> Image:
     return make_image("demo", demo_layers())
 
 
+def unpacked(image: Image) -> Path:
+    """The image's root file system as ``umoci unpack`` lays it out, owners and xattrs included; needs root. Read only!
+
+    Kept beside the image in the cache: the unpacker is not ours, so its answer does not change with our code.
+    """
+    place = CACHE / "unpacked" / image.layout.name
+    place.parent.mkdir(exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            work = place.with_name(place.name + ".part")
+            shutil.rmtree(work, ignore_errors=True)
+            run_tool("umoci", "unpack", "--image", image.reference, str(work))
+            os.rename(work, place)
+    return place / "rootfs"
+
+
 if __name__ == "__main__":
     image = demo_image()
     say(f"{image.tar_size / 1e6:.0f} MB in {len(image.layers)} layers, {image.blob_size / 1e6:.0f} MB compressed")

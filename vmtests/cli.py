@@ -16,7 +16,7 @@ from vmtests import conformance, guest, phases
 from vmtests.guest import NOT_RUN, End, Outcome
 from vmtests.kernels import CATALOGUE, QUICK, Kernel, provide
 from vmtests.phases import Run
-from vmtests.places import RUNS, locked
+from vmtests.places import CASES, RUNS, locked, run
 from vmtests.results import Verdict
 from vmtests.virtualisation import kvm_works
 
@@ -44,21 +44,29 @@ def command(
             click.echo(f"{entry.name:<14} {entry.what}{'  (quick set)' if entry.name in QUICK else ''}")
         return 0
     failures = []
+    _prepare(expression)
     for name in CATALOGUE if everything else names or QUICK:
         kernel = provide(name, _say, update=update)
         with locked(RUNS / f"{name}.lock"):
             kvm = kvm_works(kernel) if accel == "auto" else accel == "kvm"
-            run = _run(kernel, expression, kvm, deadline)
-            _print(name, run)
+            outcome = _run(kernel, expression, kvm, deadline)
+            _print(name, outcome)
             if not (no_docs or expression):
-                _record(kernel, run, "KVM" if kvm else "TCG")
+                _record(kernel, outcome, "KVM" if kvm else "TCG")
             if report:
                 _copy(name, report)
-        if not run.passed:
+        if not outcome.passed:
             failures.append(name)
     if failures:
         click.echo(f"failed on {', '.join(failures)}")
     return 1 if failures else 0
+
+
+def _prepare(expression: str) -> None:
+    """The demo image, unless only other cases are wanted: they take seconds, it can take minutes."""
+    if not expression or "demo" in expression:
+        _say("preparing the demo image")
+        run(sys.executable, CASES / "demo.py")
 
 
 def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
