@@ -88,9 +88,12 @@ def command(settings: Settings, plane: str, **options: Any) -> None:  # noqa: AN
     `erofsgen mount` starts one in the background where none runs; a service manager runs this in the foreground.
     """
     if plane == "auto" and not options["stop"]:
+        from erofsgen.host.daemon.systemd import kept_names
+        from erofsgen.host.doctor import LAZY
         from erofsgen.host.mount.mounts import first_that_works
 
-        plane = first_that_works(settings.root)
+        # after a crash the service manager still holds the plane's device, where none could be tried
+        plane = next((lazy for lazy in LAZY if lazy in kept_names()), None) or first_that_works(settings.root)
     serve(settings, plane, {}, options)
 
 

@@ -34,6 +34,12 @@ def drop(name: str) -> None:
     notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
 
+def kept_names() -> list[str]:
+    """The names of the descriptors that systemd has for this process, which :func:`kept` takes."""
+    mine = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return os.environ.get("LISTEN_FDNAMES", "").split(":") if mine else []
+
+
 def kept() -> dict[str, int]:
     """The descriptors that systemd has held for us, by name. They are not inherited by children."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
