@@ -228,7 +228,8 @@ def test_many_readers_while_the_worker_is_killed(lazy_plane, site, wide):
     stop = threading.Event()
 
     def killer():
-        while not stop.wait(5):
+        while not stop.wait(1):
+            site.frames()  # the worker answers: it has started, which takes seconds in a guest
             site.host.kill("worker")
 
     thread = threading.Thread(target=killer)
