@@ -27,7 +27,7 @@ from lazykit import WAIT, Host, eventually, processes
 from erofsgen.errors import FormatError
 from erofsgen.host import linux
 from erofsgen.host.cache.frames import frame_starts
-from erofsgen.host.daemon import control
+from erofsgen.host.daemon import control, systemd
 from erofsgen.host.daemon.journal import Entry, Journal
 from erofsgen.host.daemon.requests import Requests
 from erofsgen.host.daemon.streams import Ahead, Streams
@@ -313,3 +313,12 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     )
     mine = [line for line in result.stderr.splitlines() if unit.name in line]
     assert mine == []
+
+
+def test_a_restarted_service_keeps_its_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd holds /dev/cachefiles: whoever tried the plane would find the device busy."""
+    monkeypatch.setenv("LISTEN_FDNAMES", "lock:fscache:fill")
+    monkeypatch.setenv("LISTEN_PID", "1")
+    assert systemd.kept_names() == []
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    assert "fscache" in systemd.kept_names()

@@ -466,6 +466,36 @@ def test_what_a_crash_leaves_is_removed(kernel: Kernel, pulled: Sample) -> None:
     assert not (kernel.objects.directory / "cache" / f"I{VOLUME}" / "@07" / "Dstranger").exists()
 
 
+# --- supervisors -----------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_that_cannot_restore_gets_no_standby(tmp_path: Path) -> None:
+    """Before 6.8 and 6.1.95: who would go on with the device could not learn what is waited for."""
+
+    class Older(FakeDevice):
+        def restore(self) -> bool:
+            return False
+
+    assert Plane(FakeDevice(tmp_path), root=tmp_path / "root").survives
+    assert not Plane(Older(tmp_path), root=tmp_path / "root").survives
+
+
+def test_a_supervisor_that_ends_lets_the_kernel_put_objects_away(kernel: Kernel, pulled: Sample) -> None:
+    done: list[list[Path]] = []
+    pack = pulled.packs[0].hex
+    kernel.open(1, 1, pack, 96 * CHUNK)
+    kernel.plane.close_for_good([], done.append)
+    assert done == [], "an object is open"
+    kernel.tell(read_message(2, 1, 0, 4096))
+    assert kernel.device.completed == [2], "what is read now fails at once"
+    descriptor = kernel.open(3, 2, "wide", 8192)
+    assert kernel.device.opens[3] == -errno.ENOENT
+    assert not is_open(descriptor)
+    kernel.tell(close_message(1))
+    kernel.supervisor.later.pop()()
+    assert done == [[]]
+
+
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,6 @@ import argparse
 import fcntl
 import gc
 import importlib
-import json
 import logging
 import os
 import resource
@@ -43,7 +42,6 @@ from typing import Any, Final
 
 from erofsgen import __version__
 from erofsgen.errors import BusyError, ErofsgenError, StorageError, UsageError
-from erofsgen.host import linux
 from erofsgen.host.cache.cutoff import cut_off
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.daemon import control, systemd
@@ -51,6 +49,7 @@ from erofsgen.host.daemon.channel import Message
 from erofsgen.host.daemon.control import Connection, ControlServer
 from erofsgen.host.daemon.journal import Journal
 from erofsgen.host.daemon.loop import Loop
+from erofsgen.host.daemon.mounted import detach, lazy_mounts
 from erofsgen.host.daemon.planes import Plane
 from erofsgen.host.daemon.requests import Request, Requests
 from erofsgen.host.daemon.standby import Standby, become
@@ -188,9 +187,9 @@ class Supervisor:
             return
         self._is_stopping = True
         systemd.notify("STOPPING=1")
-        mounts = _lazy_mounts(self.root)
+        mounts = lazy_mounts(self.root)
         for mount in mounts:
-            _detach(mount)
+            detach(mount)
         self._worker.kill()
         for request in self._requests:
             self._answer(request.key, "the daemon is stopping")
@@ -332,7 +331,7 @@ class Supervisor:
         self._plane.arm(mount, packs, done)
 
     def _stop_command(self, connection: Connection, *, force: bool) -> None:
-        mounted = [mount["target"] for mount in _lazy_mounts(self.root)]
+        mounted = [mount["target"] for mount in lazy_mounts(self.root)]
         if mounted and not force:
             more = f" and {len(mounted) - 1} more" if len(mounted) > 1 else ""
             raise BusyError(
@@ -358,32 +357,6 @@ class Supervisor:
 
 def _late(request: Request) -> str:
     return f"pack {request.pack}: bytes {request.offset}+{request.length}: not here in time"
-
-
-def _lazy_mounts(root: Path) -> list[dict[str, Any]]:
-    """The states of this boot's mounts that need a daemon, see :mod:`erofsgen.host.mount.state`."""
-    found = []
-    boot = linux.boot_id()
-    for path in (root / "mounts").glob("*.json"):
-        with suppress(OSError, ValueError):
-            state = json.loads(path.read_bytes())
-            if state["plane"] != "eager" and state["boot_id"] == boot:
-                found.append(state)
-    targets = {point.id: point for point in linux.mount_points()}
-    here = os.stat("/proc/self/ns/mnt").st_ino
-    return [
-        state
-        for state in found
-        if state["namespace"] != here
-        or ((point := targets.get(state["mount_id"])) is not None and point.device == state["device"])
-    ]
-
-
-def _detach(mount: dict[str, Any]) -> None:
-    for point in linux.mount_points():
-        if point.id == mount["mount_id"] and point.device == mount["device"]:
-            with suppress(OSError):
-                linux.umount(point.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
 
 
 def _lock(root: Path, name: str, *, wait: bool = False) -> int:

@@ -1,0 +1,38 @@
+"""The lazy mounts that a daemon has to care for when it ends. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from erofsgen.host import linux
+
+
+def lazy_mounts(root: Path) -> list[dict[str, Any]]:
+    """The states of this boot's mounts that need a daemon, see :mod:`erofsgen.host.mount.state`."""
+    found = []
+    boot = linux.boot_id()
+    for path in (root / "mounts").glob("*.json"):
+        with suppress(OSError, ValueError):
+            state = json.loads(path.read_bytes())
+            if state["plane"] != "eager" and state["boot_id"] == boot:
+                found.append(state)
+    targets = {point.id: point for point in linux.mount_points()}
+    here = os.stat("/proc/self/ns/mnt").st_ino
+    return [
+        state
+        for state in found
+        if state["namespace"] != here
+        or ((point := targets.get(state["mount_id"])) is not None and point.device == state["device"])
+    ]
+
+
+def detach(mount: dict[str, Any]) -> None:
+    """Take one out of the file tree, wherever it is by now."""
+    for point in linux.mount_points():
+        if point.id == mount["mount_id"] and point.device == mount["device"]:
+            with suppress(OSError):
+                linux.umount(point.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
