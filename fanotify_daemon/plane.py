@@ -83,6 +83,10 @@ class Plane:
         """The group: readable when requests wait, and all there is to hand on."""
         return self._group
 
+    def in_use(self) -> bool:
+        """No: what is marked is marked for our own mounts."""
+        return False
+
     def facts(self) -> dict[str, int]:
         """For ``status``."""
         return {"marked_packs": len(self._packs)}

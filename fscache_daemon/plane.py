@@ -111,6 +111,10 @@ class Plane:
         """The device."""
         return self._device.fileno()
 
+    def in_use(self) -> bool:
+        """Whether an image is mounted, by us or by hand."""
+        return bool(self._open)
+
     def facts(self) -> dict[str, Any]:
         """For ``status``."""
         return {"open_objects": len(self._open), "culled_objects": self._culled}

@@ -67,6 +67,8 @@ def test_by_name_by_digest_and_without_a_domain(site, wide, daemon):
     for fsid, domain in (("wide", "erofsgen"), (digest, "erofsgen"), (digest[:12], "erofsgen"), ("wide", None)):
         target = by_hand(site, fsid, domain=domain)
         assert read_tree(target) == wide.files
+        with pytest.raises(BusyError, match="by hand"):
+            daemon.call("stop")
         umount(target)
     eventually(site.idle)
     assert site.frames() == 2 * 61, "once in the domain, once without"

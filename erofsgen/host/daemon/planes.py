@@ -109,5 +109,8 @@ class Plane(Protocol):
     def close_for_good(self, paths: Iterable[Path], done: Callable[[list[Path]], None]) -> None:
         """Let no read of a hole succeed once the descriptor is gone, then call ``done`` with what was cut off."""
 
+    def in_use(self) -> bool:
+        """Whether the kernel uses it for mounts that nobody has told us of."""
+
     def facts(self) -> dict[str, Any]:
         """For ``status``."""

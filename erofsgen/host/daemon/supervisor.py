@@ -337,6 +337,8 @@ class Supervisor:
             raise BusyError(
                 f"{mounted[0]}{more}: mounted lazily", hint="unmount first; --force makes reads of what is missing fail"
             )
+        if self._plane.in_use() and not force:
+            raise BusyError("images are mounted, by hand", hint="unmount first; --force makes reads of them fail")
         self._stop(connection)
 
     def _status(self) -> dict[str, Any]:
