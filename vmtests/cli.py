@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +21,9 @@ from vmtests.phases import Run
 from vmtests.places import CASES, RUNS, locked, run
 from vmtests.results import Verdict
 from vmtests.virtualisation import kvm_works
+
+JOBS = min(len(os.sched_getaffinity(0)), 4)
+"""Guests at a time: one thread of a guest is busy for most of the time."""
 
 DEADLINE = 1500
 """Seconds one boot may take."""
@@ -34,29 +39,38 @@ DEADLINE = 1500
 @click.option("--update", is_flag=True, help="See whether Debian has newer kernels than the cache.")
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", help="Default: KVM where it works.")
 @click.option("--deadline", type=float, default=DEADLINE, metavar="SECONDS", help=f"For one boot. Default: {DEADLINE}.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=JOBS, metavar="N", help=f"Guests at a time. Default: {JOBS}."
+)
 def command(
     names: tuple[str, ...], everything: bool, expression: str, listing: bool, report: Path | None, no_docs: bool,
-    update: bool, accel: str, deadline: float,
+    update: bool, accel: str, deadline: float, jobs: int,
 ) -> int:  # fmt: skip
     """Run the cases of vmtests/cases on real kernels, in QEMU."""
     if listing:
         for entry in CATALOGUE.values():
             click.echo(f"{entry.name:<14} {entry.what}{'  (quick set)' if entry.name in QUICK else ''}")
         return 0
-    failures = []
     _prepare(expression)
-    for name in CATALOGUE if everything else names or QUICK:
-        kernel = provide(name, _say, update=update)
-        with locked(RUNS / f"{name}.lock"):
-            kvm = kvm_works(kernel) if accel == "auto" else accel == "kvm"
-            outcome = _run(kernel, expression, kvm, deadline)
-            _print(name, outcome)
-            if not (no_docs or expression):
-                _record(kernel, outcome, "KVM" if kvm else "TCG")
-            if report:
-                _copy(name, report)
-        if not outcome.passed:
-            failures.append(name)
+    kernels = [provide(name, _say, update=update) for name in (CATALOGUE if everything else names or QUICK)]
+    kvm = kvm_works(kernels[0]) if accel == "auto" else accel == "kvm"
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            runs = {pool.submit(_run, kernel, expression, kvm, deadline): kernel for kernel in kernels}
+            for ended in as_completed(runs):
+                kernel, outcome = runs[ended], ended.result()
+                _print(kernel.name, outcome)
+                if not (no_docs or expression):
+                    _record(kernel, outcome, "KVM" if kvm else "TCG")
+                if report:
+                    _copy(kernel.name, report)
+                if not outcome.passed:
+                    failures.append(kernel.name)
+        except BaseException:  # an interrupt, for instance: nobody waits for guests any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            guest.end_all()
+            raise
     if failures:
         click.echo(f"failed on {', '.join(failures)}")
     return 1 if failures else 0
@@ -72,18 +86,19 @@ def _prepare(expression: str) -> None:
 def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
     _say(f"{kernel.name}: booting Linux {kernel.release} with {'KVM' if kvm else 'TCG'}")
     directory = RUNS / kernel.name
-    guest.end_left(directory)
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    guest.make_disks(directory)
-    return phases.run_kernel(
-        kernel,
-        expression,
-        directory / "share",
-        lambda label, command, environment: guest.boot(
-            kernel, directory, label, command, environment, kvm=kvm, deadline=deadline
-        ),
-    )
+    with locked(RUNS / f"{kernel.name}.lock"):
+        guest.end_left(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        guest.make_disks(directory)
+        return phases.run_kernel(
+            kernel,
+            expression,
+            directory / "share",
+            lambda label, command, environment: guest.boot(
+                kernel, directory, label, command, environment, kvm=kvm, deadline=deadline
+            ),
+        )
 
 
 def _record(kernel: Kernel, run: Run, virtualisation: str) -> None:

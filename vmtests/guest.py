@@ -41,6 +41,8 @@ NOT_RUN = 125
 
 _POLL = 0.2
 
+_running: set[Guest] = set()
+
 
 class End(enum.Enum):
     """How a boot ended."""
@@ -123,6 +125,7 @@ class Guest:
                 stderr=log,
                 start_new_session=True,  # a terminal's interrupt is for us, who end the guest properly
             )
+        _running.add(self)
 
     def __enter__(self) -> Guest:
         return self
@@ -160,6 +163,7 @@ class Guest:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
         self._pid_file.unlink(missing_ok=True)
+        _running.discard(self)
 
     def _command(self, kernel: Kernel, disks: Mapping[str, Path], kvm: bool) -> list[str]:
         command = [
@@ -180,6 +184,12 @@ class Guest:
         qemu += ["-fsdev", "local,id=quick,path=/,security_model=none,readonly=on,multidevs=remap"]
         qemu += ["-device", "virtio-9p-pci,fsdev=quick,mount_tag=quick"]
         return command + [f"--qemu-opt={option}" for option in qemu]
+
+
+def end_all() -> None:
+    """End all guests that run."""
+    for running in list(_running):
+        running.kill()
 
 
 def boot(
