@@ -18,12 +18,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from erofsgen.errors import UnsupportedError
+from erofsgen.errors import BusyError, UnsupportedError
 from vmtests.kernels import Kernel
 from vmtests.places import REPOSITORY, run
 
@@ -42,6 +43,7 @@ NOT_RUN = 125
 _POLL = 0.2
 
 _running: set[Guest] = set()
+_ending = threading.Event()
 
 
 class End(enum.Enum):
@@ -103,6 +105,8 @@ class Guest:
     ) -> None:
         if platform.machine() != "x86_64":
             raise UnsupportedError("guests are x86_64 machines with this machine's files")
+        if _ending.is_set():
+            raise BusyError("guests are being ended")
         share.mkdir(parents=True, exist_ok=True)
         for name in ("status", "output", "power-cut"):
             (share / name).unlink(missing_ok=True)
@@ -187,7 +191,8 @@ class Guest:
 
 
 def end_all() -> None:
-    """End all guests that run."""
+    """End all guests that run, and let none begin any more."""
+    _ending.set()
     for running in list(_running):
         running.kill()
 
