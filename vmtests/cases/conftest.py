@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def network():
 # --- planes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=sites.PLANES)
+@pytest.fixture(params=sites.PLANES, scope="session")
 def plane(request):
     """Each plane in turn, the reason why it cannot be here as the skip's."""
     finding = plane_works(Path(os.environ["EROFSGEN_VM_EXT4"]), request.param)
@@ -81,6 +82,28 @@ def lazy_plane(plane):
     if plane == "eager":
         pytest.skip("nothing is missing from an eager mount")
     return plane
+
+
+@pytest.fixture(scope="session")
+def lasting_site(plane, tmp_path_factory):
+    found = sites.Site(tmp_path_factory.mktemp(f"shared-{plane}"), plane)
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def shared(lasting_site):
+    """A site for cases that only read, whose daemon goes on: to start one takes seconds in a guest."""
+    yield lasting_site
+    for target in tuple(lasting_site.mounted):
+        lasting_site.unmount(target, force=True)
+
+
+@pytest.fixture
+def fresh(shared, request):
+    """An image of 61 frames in the shared site, like no other case's."""
+    name = request.node.originalname
+    return handmade.make_wide(shared.maker, name, seed=zlib.crc32(name.encode()))
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ PLANES = ("fanotify", "fscache", "eager")
 class Site:
     """Below ``place``. ``options``: of the daemon, which completes no packs by itself and reads nothing ahead."""
 
+    running = None
+
     def __init__(self, place, plane, **options):
         self.place = place
         self.plane = plane
@@ -30,9 +32,13 @@ class Site:
         self.started = False
 
     def start(self, *more):
+        """Start the daemon, after ending any other site's: a machine has one /dev/cachefiles."""
         if self.plane != "eager":
+            if Site.running is not None and Site.running is not self:
+                Site.running.end()
             self.host.start("--worker=--complete-at", "--worker=2", *more)
             self.started = True
+            Site.running = self
 
     def mount(self, image, name="mnt"):
         if not self.started:
@@ -58,6 +64,7 @@ class Site:
     def end(self):
         try:
             if self.plane != "eager":
+                self.started = False
                 self.host.end()
                 eventually(lambda: processes(self.host.root) == [])
         finally:

@@ -26,12 +26,12 @@ def is_eio(result):
 
 
 @case("tree equality")
-def test_the_tree_is_the_images(site):
+def test_the_tree_is_the_images(shared):
     content, small = contents(5, 3 * CHUNK + 17, 100)
-    pack = site.maker.pack(chunks_of(content))
+    pack = shared.maker.pack(chunks_of(content))
     files = {"a/b/file": content, "a/small": small, "a/link": "b/file", "empty": None}
     files["hole"] = content[:CHUNK] + bytes(2 * CHUNK + 100)
-    mounted = site.mount(site.maker.image("tree", files, [pack]))
+    mounted = shared.mount(shared.maker.image("tree", files, [pack]))
     assert read_tree(mounted) == files
     top, file = mounted.stat(), (mounted / "a/b/file").stat()
     assert (top.st_mode & 0o7777, top.st_uid, top.st_gid, top.st_mtime_ns) == (0o751, 7, 8, 10**18)
@@ -39,76 +39,78 @@ def test_the_tree_is_the_images(site):
 
 
 @case("cold read")
-def test_a_cold_read(site, wide):
-    mounted = site.mount(wide.image)
-    assert site.frames() == 0
-    assert Reader(mounted / "all", 0, len(wide.files["all"])).get() == wide.files["all"]
-    assert site.frames() == (0 if site.plane == "eager" else 61)
+def test_a_cold_read(shared, fresh):
+    mounted = shared.mount(fresh.image)
+    before = shared.frames()
+    assert Reader(mounted / "all", 0, len(fresh.files["all"])).get() == fresh.files["all"]
+    assert shared.frames() - before == (0 if shared.plane == "eager" else 61)
 
 
 @case("warm read")
-def test_a_warm_read(site, wide):
-    mounted = site.mount(wide.image)
-    assert read_tree(mounted) == wide.files
-    before = site.frames()
+def test_a_warm_read(shared, fresh):
+    mounted = shared.mount(fresh.image)
+    assert read_tree(mounted) == fresh.files
+    before = shared.frames()
     for _ in range(2):
         drop_caches()
-        assert read_tree(mounted) == wide.files
-    assert site.frames() == before
+        assert read_tree(mounted) == fresh.files
+    assert shared.frames() == before
 
 
 @case("partial reads")
-def test_partial_reads(site, wide):
-    mounted = site.mount(wide.image)
-    assert wrong_reads(mounted, wide.files, 1, 60) == 0
+def test_partial_reads(shared, fresh):
+    mounted = shared.mount(fresh.image)
+    assert wrong_reads(mounted, fresh.files, 1, 60) == 0
     with open(mounted / "one", "rb", buffering=0) as file:
-        assert os.pread(file.fileno(), 4096, len(wide.files["one"]) - 10) == wide.files["one"][-10:]
-        assert os.pread(file.fileno(), 4096, len(wide.files["one"])) == b""
+        assert os.pread(file.fileno(), 4096, len(fresh.files["one"]) - 10) == fresh.files["one"][-10:]
+        assert os.pread(file.fileno(), 4096, len(fresh.files["one"])) == b""
 
 
 @case("concurrent readers")
-def test_concurrent_readers(site, wide):
-    mounted = site.mount(wide.image)
+def test_concurrent_readers(shared, fresh):
+    mounted = shared.mount(fresh.image)
     with ThreadPoolExecutor(16) as pool:
-        assert sum(pool.map(lambda seed: wrong_reads(mounted, wide.files, seed), range(16), timeout=240)) == 0
+        assert sum(pool.map(lambda seed: wrong_reads(mounted, fresh.files, seed), range(16), timeout=240)) == 0
 
 
 @case("two images sharing packs")
-def test_two_images_share_packs(site, wide):
-    other = site.maker.image("other", {"copy": wide.files["one"], "part": wide.files["two"][: 8 * CHUNK]}, wide.packs)
-    first, second = site.mount(wide.image), site.mount(other, "other")
-    assert (first / "one").read_bytes() == wide.files["one"]
-    before = site.frames()
-    assert (second / "copy").read_bytes() == wide.files["one"]
-    assert site.frames() == before
-    assert (second / "part").read_bytes() == wide.files["two"][: 8 * CHUNK]
-    site.unmount(first)
-    assert (second / "copy").read_bytes() == wide.files["one"]
+def test_two_images_share_packs(shared, fresh):
+    other = shared.maker.image(
+        "other", {"copy": fresh.files["one"], "part": fresh.files["two"][: 8 * CHUNK]}, fresh.packs
+    )
+    first, second = shared.mount(fresh.image), shared.mount(other, "other")
+    assert (first / "one").read_bytes() == fresh.files["one"]
+    before = shared.frames()
+    assert (second / "copy").read_bytes() == fresh.files["one"]
+    assert shared.frames() == before
+    assert (second / "part").read_bytes() == fresh.files["two"][: 8 * CHUNK]
+    shared.unmount(first)
+    assert (second / "copy").read_bytes() == fresh.files["one"]
 
 
 @case("100 mounts")
-def test_100_mounts(site, wide):
-    images = [wide.image, site.maker.image("other", {"copy": wide.files["one"]}, wide.packs)]
-    mounted = [site.mount(images[number % 2], f"m{number}") for number in range(100)]
+def test_100_mounts(shared, fresh):
+    images = [fresh.image, shared.maker.image("other", {"copy": fresh.files["one"]}, fresh.packs)]
+    mounted = [shared.mount(images[number % 2], f"m{number}") for number in range(100)]
     for number in (0, 1, 50, 99):
         name = ("one", "copy")[number % 2]
-        assert (mounted[number] / name).read_bytes() == wide.files["one"]
+        assert (mounted[number] / name).read_bytes() == fresh.files["one"]
     for target in mounted:
-        site.unmount(target)
-    if site.plane != "eager":
-        eventually(site.idle)
+        shared.unmount(target)
+    if shared.plane != "eager":
+        eventually(shared.idle)
 
 
 @case("unmount while reading")
-def test_unmounting_while_somebody_reads(site, wide):
-    mounted = site.mount(wide.image)
+def test_unmounting_while_somebody_reads(shared, fresh):
+    mounted = shared.mount(fresh.image)
     with open(mounted / "all", "rb", buffering=0) as file:
-        assert file.read(CHUNK) == wide.files["all"][:CHUNK]
-        site.unmount(mounted, force=True)
+        assert file.read(CHUNK) == fresh.files["all"][:CHUNK]
+        shared.unmount(mounted, force=True)
         for offset in range(CHUNK, 40 * CHUNK, 7 * CHUNK):
-            assert os.pread(file.fileno(), CHUNK, offset) == wide.files["all"][offset : offset + CHUNK]
-    if site.plane != "eager":
-        eventually(site.idle)
+            assert os.pread(file.fileno(), CHUNK, offset) == fresh.files["all"][offset : offset + CHUNK]
+    if shared.plane != "eager":
+        eventually(shared.idle)
 
 
 @case("worker killed")
