@@ -258,24 +258,25 @@ def fscache(directory: Path) -> Finding:
             advice if off else f"modprobe cachefiles; {advice}",
         )  # fmt: skip
     try:
-        device = os.open(_CACHEFILES, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            return _whose_device(name, directory)
-        return Finding(name, "missing", f"{_CACHEFILES}: {error.strerror}", _ROOT)
-    try:
         with tempfile.TemporaryDirectory(dir=_existing(directory), prefix=".erofsgen-probe-") as scratch:
+            device = os.open(_CACHEFILES, os.O_RDWR | os.O_CLOEXEC)
             try:
                 os.write(device, b"dir " + os.fsencode(scratch))
                 os.write(device, b"bind ondemand")
             finally:
                 os.close(device)  # the kernel lets go of the directory
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return Finding(name, "missing", "cachefiles has no on-demand mode", advice)
-        if error.errno in (errno.EOPNOTSUPP, errno.EROFS, errno.EPERM):
-            return Finding(name, "missing", f"the file system of {directory} is unfit: {error.strerror}", _OPT_IN)
-        return Finding(name, "missing", f"a cache in {directory}: {error.strerror}", "see `dmesg` for the reason")
+        match error.errno:
+            case errno.EBUSY:
+                return _whose_device(name, directory)
+            case errno.EINVAL:
+                return Finding(name, "missing", "cachefiles has no on-demand mode", advice)
+            case errno.EOPNOTSUPP | errno.EROFS:
+                return Finding(name, "missing", f"the file system of {directory} is unfit: {error.strerror}", _OPT_IN)
+            case errno.EPERM | errno.EACCES:
+                return Finding(name, "missing", f"{_CACHEFILES}: {error.strerror}", _ROOT)
+            case _:
+                return Finding(name, "missing", f"a cache in {directory}: {error.strerror}", "see `dmesg`")
     return Finding(name, "ok", "a cache was bound, and given up")
 
 

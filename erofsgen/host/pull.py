@@ -45,7 +45,7 @@ def complete(cache: HostCache, cached: CachedImage, image: Image | None, progres
             cache,
             "complete",
             {"image": cached.digest},
-            lambda: cache.fill(cached, (image or cached.open()).store, progress),
+            lambda: cache.fill(cached, lambda: (image or cached.open()).store, progress),
             progress,
         )
     settle([cached.index])

@@ -17,6 +17,7 @@ from erofsgen.host import linux
 from erofsgen.host.cache import presence
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.cache.evict import evict
+from erofsgen.host.pull import complete
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import open_pack
 
@@ -198,7 +199,7 @@ def test_a_pack_that_goes_missing(sample, tmp_path):
     right = device_bytes(sample.image, 1)
     sample.image.store.delete(sample.image.packs[1].digest)
     with pytest.raises(NotFoundError), cache.filling():
-        cache.fill(cached, sample.image.store)
+        cache.fill(cached, lambda: sample.image.store)
     assert not cache.is_complete(cached)
     assert cached.devices()[0].read_bytes() == right
 
@@ -469,3 +470,19 @@ def test_raw_packs_share_extents(maker_on, make_file_system, monkeypatch):
         cache.materialise(sample.image)
     damage(store, raw.digest, CHUNK)
     assert check_marked(cache, sample.image) == all_frames(sample.image) - {(3, 0)}
+
+
+def test_after_a_reboot_a_complete_image_needs_no_store(tmp_path, maker_on):
+    """Marks of another boot count once the bytes were compared, eager mounts included."""
+    sample = maker_on(tmp_path / "store")
+    cache = HostCache(tmp_path / "root")
+    cache.materialise(sample.image)
+    for path in (tmp_path / "root" / "packs").glob("*.map"):
+        with path.open("r+b") as file:
+            file.seek(16)
+            file.write(b"another boot's !")
+    (tmp_path / "store").rename(tmp_path / "away")
+    cached = cache.image(sample.image.digest, "")
+    assert not cache.is_complete(cached)
+    complete(cache, cached, None)
+    assert cache.is_complete(cached)

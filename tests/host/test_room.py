@@ -169,7 +169,7 @@ def test_a_full_cache_says_so(images, tmp_path):
     _, devices = cache.materialise(one)
     cached = cache.add(two)
     with devices[0].open("rb"), pytest.raises(StorageError, match="the cache is full") as caught, cache.filling():
-        cache.fill(cached, two.store)
+        cache.fill(cached, lambda: two.store)
     assert "--max-bytes" in caught.value.hint
     assert len(present(cache, one)) == 8
     cache.materialise(two)

@@ -358,21 +358,21 @@ class HostCache:
         finally:
             os.close(descriptor)
 
-    def fill(self, image: CachedImage, store: Store, progress: Progress = SILENT) -> None:
-        """Bring all frames of an image, in this process, within :meth:`filling`.
+    def fill(self, image: CachedImage, open_store: Callable[[], Store], progress: Progress = SILENT) -> None:
+        """Bring all frames of an image, in this process, within :meth:`filling`. The store is opened if it is needed.
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
         """
         from erofsgen.host.cache.filling import fill
 
-        fill(self, image, store, progress)
+        fill(self, image, open_store, progress)
 
     def materialise(self, image: Image, progress: Progress = SILENT) -> tuple[Path, list[Path]]:
         """Make all of an image local: its index, and its packs' data files in device-slot order. As :meth:`fill`."""
         cached = self.add(image, progress)
         if not self.is_complete(cached):
             with self.filling():
-                self.fill(cached, image.store, progress)
+                self.fill(cached, lambda: image.store, progress)
         settle([cached.index])
         return cached.index, cached.devices()
 

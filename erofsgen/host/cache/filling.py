@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -22,15 +22,20 @@ _LOOK: Final = 0.01
 """Seconds between two looks at a fill's progress."""
 
 
-def fill(cache: HostCache, image: CachedImage, store: Store, progress: Progress = SILENT) -> None:
+def fill(cache: HostCache, image: CachedImage, open_store: Callable[[], Store], progress: Progress = SILENT) -> None:
     """Bring all frames of an image, in this process, within :meth:`HostCache.filling`.
 
-    Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
+    The store is opened only if anything is missing from it: after a reboot all may be here. Raises IntegrityError and
+    FormatError (the store's bytes are damaged), StorageError, the store's errors.
     """
     with ExitStack() as opened:
         packs = [(pack, cache.open_pack(pack)) for pack in image.packs]
         for _, file in packs:
             opened.callback(file.close)
+            file.recover(file.presence.suspects())
+        if all(file.presence.complete for _, file in packs):
+            return
+        store = open_store()
         # A store that can fail has its own retries; here a failure is the user's to see at once
         engine = opened.enter_context(Engine([StoreSource(store)], retries=0))
         for pack, file in packs:

@@ -67,7 +67,9 @@ class Tasks:
         worker = self._worker
         image = worker.cache.image(str(command["image"]), "")
         worker.add_stores(image)
-        store = next((open_store(url) for url in image.stores), None)
+        store = None
+        with suppress(ErofsgenError):  # all may be here
+            store = next((open_store(url) for url in image.stores), None)
         with worker.wanting([pack.hex for pack in image.packs]) as files:
             for pack, file in zip(image.packs, files, strict=True):
                 take_over(worker.cache, pack, file, store)
