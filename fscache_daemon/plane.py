@@ -9,7 +9,7 @@ What dies, and what is left:
 
 - this process: the standby holds the device, readers wait. The next supervisor has the kernel tell again whatever was
   not answered (``restore``); objects whose descriptor went with this process are opened anew before that.
-- everyone: the device is closed; the kernel fails all that waits and comes, with EIO, until the image is mounted anew.
+- everyone: the device is closed; the kernel fails all that waits and comes until the image is mounted anew.
 
 Descriptors of objects are this process's and its worker's only. Were another to hold one, the kernel would think the
 object open and not open it anew.
