@@ -108,3 +108,37 @@ def test_programs_see_no_daemon_where_they_may_not_look(sample, mount_point: Pat
     )
     assert result.returncode == 1
     sample("umount", mount_point)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/cachefiles"), reason="this kernel has cachefiles: see vmtests/")
+@pytest.mark.parametrize("command", [["fscached"], ["daemon", "--plane", "fscache"]], ids="-".join)
+def test_a_kernel_without_cachefiles(own_sample, command: list[str]):
+    process = own_sample.process(*command)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 8
+    assert b"no /dev/cachefiles" in said
+    assert b"CONFIG_CACHEFILES_ONDEMAND" in said
+    assert processes(own_sample.root) == []
+
+
+@pytest.mark.skipif(os.path.exists("/dev/cachefiles"), reason="this kernel has cachefiles: see vmtests/")
+def test_a_mount_over_fscache_that_cannot_be(own_sample, mount_point: Path):
+    assert "no /dev/cachefiles" in own_sample("mount", "sample:1", mount_point, "--plane", "fscache", code=8).err
+    assert list(mount_point.iterdir()) == []
+    assert own_sample("mounts", "--json").out.strip() == b"[]"
+
+
+def test_limits_that_contradict_one_another(own_sample):
+    process = own_sample.process("fscached", "--brun", "5", "--bcull", "7")
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert b"to cull at 7%, to run at 5%" in said
+
+
+def test_a_daemon_of_another_plane(own_sample, mount_point: Path):
+    own_sample("mount", "sample:1", mount_point)
+    other = mount_point.parent / "other"
+    other.mkdir()
+    said = own_sample("mount", "sample:1", other, "--plane", "fscache", code=9)
+    assert "the daemon is of plane fanotify" in said.err
+    own_sample("umount", mount_point)
