@@ -78,15 +78,26 @@ def drop_caches():
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def wrong_reads(top, files, seed, count=20):
-    """How many of ``count`` reads at random get other bytes than they should."""
+def read(path, offset, length):
+    """Up to ``length`` bytes, however many reads it takes. Raises what a read fails with."""
+    pieces = []
+    with open(path, "rb", buffering=0) as file:
+        while length and (piece := os.pread(file.fileno(), length, offset)):
+            pieces.append(piece)
+            offset, length = offset + len(piece), length - len(piece)
+    return b"".join(pieces)
+
+
+def check_reads(top, files, seed, count=20):
+    """Read ``count`` ranges at random; all must be right."""
     chance = random.Random(seed)
-    wrong = 0
     for _ in range(count):
         name = chance.choice(list(files))
         content = files[name]
         offset = chance.randrange(len(content))
         length = chance.choice([1, 511, 4096, 70_000, 600_000])
-        with open(top / name, "rb", buffering=0) as file:
-            wrong += os.pread(file.fileno(), length, offset) != content[offset : offset + length]
-    return wrong
+        found, right = read(top / name, offset, length), content[offset : offset + length]
+        if found != right:
+            wrong = next((at for at, pair in enumerate(zip(found, right, strict=False)) if len(set(pair)) > 1), None)
+            zeros = found.count(0)
+            raise AssertionError(f"{name}: {offset}+{length}: {len(found)} bytes, {zeros} zeros, wrong from {wrong} on")
