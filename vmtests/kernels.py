@@ -52,7 +52,7 @@ CATALOGUE = {
     )
 }
 
-QUICK = ("6.12-ondemand", "7.x")
+QUICK = ("6.12-ondemand", "6.12")
 """What ``make vmtest`` runs."""
 
 

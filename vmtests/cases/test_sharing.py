@@ -66,7 +66,7 @@ def resident(path):
 @pytest.mark.case("page-cache sharing", plane="eager")
 def test_equal_files_of_two_images_share_their_pages(tmp_path):
     finding = page_sharing(tmp_path)
-    if not finding.ok:
+    if finding.result == "missing":  # "unknown" is a kernel whose configuration cannot be read: try
         pytest.skip(finding.detail)
     store, cache = DirectoryStore(tmp_path / "store"), HostCache(tmp_path / "root")
     content = random.Random(8).randbytes(SIZE)
