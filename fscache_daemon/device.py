@@ -142,6 +142,8 @@ def _not_bound(directory: Path, error: OSError) -> ErofsgenError:
                 f"{directory}: its file system is unfit for cachefiles: {error.strerror}",
                 hint="use a cache on ext4, xfs or btrfs, mounted writable and with user.* xattrs",
             )
+        case errno.ENOBUFS:
+            return StorageError(f"{directory}: less free space than --bstop", hint="free some space on its disk")
         case errno.ENOENT | errno.ENOTDIR:
             return StorageError(f"{directory}: {error.strerror}")
         case _:
