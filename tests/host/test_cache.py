@@ -486,3 +486,17 @@ def test_after_a_reboot_a_complete_image_needs_no_store(tmp_path, maker_on):
     assert not cache.is_complete(cached)
     complete(cache, cached, None)
     assert cache.is_complete(cached)
+
+
+def test_a_flat_image_needs_its_store_once_and_room(tmp_path, maker_on):
+    sample = maker_on(tmp_path / "store")
+    size = sum(pack.device_size for pack in sample.image.packs)
+    small = HostCache(tmp_path / "small", max_bytes=size // 2)
+    with pytest.raises(StorageError, match="the cache is full"):
+        small.materialise_flat(sample.image)
+    assert not small.image_path(sample.image.digest, "flat").exists()
+    cache = HostCache(tmp_path / "root")
+    cached = cache.add(sample.image)
+    flat = cache.materialise_flat(cached)
+    (tmp_path / "store").rename(tmp_path / "away")
+    assert cache.materialise_flat(cached) == flat

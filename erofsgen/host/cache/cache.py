@@ -376,12 +376,16 @@ class HostCache:
         settle([cached.index])
         return cached.index, cached.devices()
 
-    def materialise_flat(self, image: Image, progress: Progress = SILENT) -> Path:
-        """Make all of an image local in one file. Raises as :meth:`fill` does."""
+    def materialise_flat(self, image: Image | CachedImage, progress: Progress = SILENT) -> Path:
+        """Make all of an image local in one file. The store is needed unless it is. Raises as :meth:`fill` does."""
         from erofsgen.host.cache.flat import write_flat
 
         path = self.image_path(image.digest, "flat")
-        write_flat(image, path, progress, threads=self._threads)
+
+        def opened() -> Image:
+            return image if isinstance(image, Image) else image.open()
+
+        write_flat(opened, path, progress, room=self.room, threads=self._threads)
         return path
 
     def is_complete(self, image: CachedImage) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from blake3 import blake3
 from erofsgen.erofs.flatten import flatten
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.host.cache.part import Part, settle
+from erofsgen.host.cache.room import Room
 from erofsgen.pack.reader import open_frame
 from erofsgen.pack.toc import Toc
 from erofsgen.progress import SILENT, Progress, Task
@@ -26,8 +28,17 @@ _READERS: Final = 2
 """Threads per core: one may wait for the store or the disk while another decompresses."""
 
 
-def write_flat(image: Image, path: Path, progress: Progress = SILENT, *, threads: int | None = None) -> None:
-    """Put all of the image into ``path``, unless it is there. Frames a crash left are used again if they are right.
+def write_flat(
+    open_image: Callable[[], Image],
+    path: Path,
+    progress: Progress = SILENT,
+    *,
+    room: Room | None = None,
+    threads: int | None = None,
+) -> None:
+    """Put all of an image into ``path``, unless it is there: only then is the image opened. It takes ``room``.
+
+    Frames a crash left are used again if they are right.
 
     Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError (the disk is full …), and what
     reading the store raises.
@@ -37,13 +48,14 @@ def write_flat(image: Image, path: Path, progress: Progress = SILENT, *, threads
         settle([path])
         return
     threads = threads or min(16, _READERS * len(os.sched_getaffinity(0)))
-    with (
-        part,
-        progress.task("packs", sum(pack.device_size for pack in image.packs)) as task,
-        ThreadPoolExecutor(threads, "fill") as fill,
-    ):
+    with part, ExitStack() as undo:
+        image = open_image()
+        task = undo.enter_context(progress.task("packs", sum(pack.device_size for pack in image.packs)))
+        fill = undo.enter_context(ThreadPoolExecutor(threads, "fill"))
         _ = image.index  # checks that its devices are the manifest's packs
         flat = flatten(image.index_bytes())
+        if room is not None:
+            room.reserve(flat.blocks * BLOCK)
         part.resize(flat.blocks * BLOCK)
         part.write(flat.index, 0)
         for pack, block in zip(image.packs, flat.starts, strict=True):

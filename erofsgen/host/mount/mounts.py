@@ -80,7 +80,7 @@ def mount(
     if via is None:
         via = _how(plane, cached.index)
     if via == "loop":
-        cache.materialise_flat(image if isinstance(image, Image) else cached.open(), progress)
+        cache.materialise_flat(image, progress)
     elif plane == "eager":
         complete(cache, cached, image if isinstance(image, Image) else None, progress)
     identity = os.urandom(8).hex()
