@@ -18,7 +18,10 @@ PLANES = ("fanotify", "fscache", "eager")
 
 
 class Site:
-    """Below ``place``. ``options``: of the daemon, which completes no packs by itself and reads nothing ahead."""
+    """Below ``place``. ``options``: of the daemon, which completes no packs by itself and reads nothing ahead.
+
+    A read may wait for long: without KVM a worker takes seconds to start, and many on a busy machine.
+    """
 
     running = None
 
@@ -28,7 +31,7 @@ class Site:
         self.store = place / "store"
         self.maker = ImageMaker(DirectoryStore(self.store))
         self.mounted = []
-        self.host = Host(place / "root", plane, **{"read_ahead": 0, **options})
+        self.host = Host(place / "root", plane, **{"read_ahead": 0, "deadline": 120, **options})
         self.started = False
 
     def start(self, *more):
