@@ -35,7 +35,8 @@ DEADLINE = 1500
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match, as with pytest.")
 @click.option("--list", "listing", is_flag=True, help="List the kernels, and stop.")
 @click.option("--report", type=click.Path(file_okay=False, path_type=Path), help="Copy report logs and consoles here.")
-@click.option("--no-docs", is_flag=True, help="Leave docs/conformance.md as it is; so does -k.")
+@click.option("--no-docs", is_flag=True, help="Leave docs/conformance.md as it is; so does -k without --amend.")
+@click.option("--amend", is_flag=True, help="With -k: put the cells of the cases that ran into the table.")
 @click.option("--update", is_flag=True, help="See whether Debian has newer kernels than the cache.")
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", help="Default: KVM where it works.")
 @click.option("--deadline", type=float, default=DEADLINE, metavar="SECONDS", help=f"For one boot. Default: {DEADLINE}.")
@@ -44,7 +45,7 @@ DEADLINE = 1500
 )
 def command(
     names: tuple[str, ...], everything: bool, expression: str, listing: bool, report: Path | None, no_docs: bool,
-    update: bool, accel: str, deadline: float, jobs: int,
+    amend: bool, update: bool, accel: str, deadline: float, jobs: int,
 ) -> int:  # fmt: skip
     """Run the cases of vmtests/cases on real kernels, in QEMU."""
     if listing:
@@ -61,8 +62,8 @@ def command(
             for ended in as_completed(runs):
                 kernel, outcome = runs[ended], ended.result()
                 _print(kernel.name, outcome)
-                if not (no_docs or expression):
-                    _record(kernel, outcome, "KVM" if kvm else "TCG")
+                if not no_docs and (amend or not expression):
+                    _record(kernel, outcome, "KVM" if kvm else "TCG", amend=amend)
                 if report:
                     _copy(kernel.name, report)
                 if not outcome.passed:
@@ -101,14 +102,14 @@ def _run(kernel: Kernel, expression: str, kvm: bool, deadline: float) -> Run:
         )
 
 
-def _record(kernel: Kernel, run: Run, virtualisation: str) -> None:
+def _record(kernel: Kernel, run: Run, virtualisation: str, *, amend: bool) -> None:
     seconds = sum(outcome.seconds for outcome in run.boots.values())
     date = time.strftime("%Y-%m-%d", time.gmtime())
     column = conformance.column(
         run.results, release=kernel.release, date=date, virtualisation=virtualisation, seconds=seconds
     )
     with locked(RUNS / "docs.lock"):
-        conformance.record(kernel.name, column)
+        conformance.record(kernel.name, column, amend=amend)
 
 
 def _print(name: str, run: Run) -> None:

@@ -63,14 +63,24 @@ def column(results: Iterable[Result], *, release: str, date: str, virtualisation
     }
 
 
-def record(name: str, new: Column, path: Path = RECORD, page: Path = PAGE) -> None:
-    """Put the column of kernel ``name`` into the record, in place of its last one, and write the page anew."""
+def record(name: str, new: Column, path: Path = RECORD, page: Path = PAGE, *, amend: bool = False) -> None:
+    """Put the column of kernel ``name`` into the record, in place of its last one, and write the page anew.
+
+    ``amend``: cells that are not in ``new`` stay as they are, if they are of the same release.
+    """
     columns: dict[str, Column] = json.loads(path.read_text()) if path.exists() else {}
-    columns[name] = new
+    old = columns.get(name)
+    columns[name] = amended(old, new) if amend and old and old["release"] == new["release"] else new
     order = [*CATALOGUE, *sorted(set(columns) - set(CATALOGUE))]
     columns = {known: columns[known] for known in order if known in columns}
     _replace(path, json.dumps(columns, indent=1, ensure_ascii=False) + "\n")
     _replace(page, render(columns))
+
+
+def amended(old: Column, new: Column) -> Column:
+    """``old`` with the cells of ``new``."""
+    cells = {(cell["plane"], cell["case"]): cell for column in (old, new) for cell in column["cells"]}
+    return {**old, "date": new["date"], "cells": [cells[key] for key in sorted(cells)]}
 
 
 def render(columns: dict[str, Column]) -> str:

@@ -197,3 +197,20 @@ def test_a_run_replaces_its_own_column_only(tmp_path_factory, runs):
         stored = json.loads(record.read_text())
         assert stored == dict(runs)
         assert page.read_text() == conformance.render(stored)
+
+
+def test_amending_replaces_the_cells_that_ran(tmp_path):
+    def column(release, **verdicts):
+        cells = [
+            {"plane": "eager", "case": case, "verdict": verdict, "reason": "", "seconds": 1.0}
+            for case, verdict in verdicts.items()
+        ]
+        return {"release": release, "date": "2026-01-01", "virtualisation": "TCG", "seconds": 9, "cells": cells}
+
+    path, page = tmp_path / "record", tmp_path / "page"
+    conformance.record("6.1", column("6.1.1", cold="pass", warm="fail"), path, page)
+    conformance.record("6.1", column("6.1.1", warm="pass"), path, page, amend=True)
+    found = json.loads(path.read_text())["6.1"]["cells"]
+    assert [(cell["case"], cell["verdict"]) for cell in found] == [("cold", "pass"), ("warm", "pass")]
+    conformance.record("6.1", column("6.1.2", warm="pass"), path, page, amend=True)
+    assert len(json.loads(path.read_text())["6.1"]["cells"]) == 1, "another kernel's results are no results of this one"
