@@ -20,7 +20,7 @@ from erofsgen.store.directory import DirectoryStore
 from fscache_daemon import protocol
 from fscache_daemon.device import Device, Limits
 from fscache_daemon.plane import Plane
-from fscache_daemon.recover import recover
+from fscache_daemon.recover import recover, recovered
 
 VOLUME = "erofs,erofsgen"
 
@@ -453,6 +453,18 @@ def test_an_object_whose_map_is_damaged_is_emptied(kernel: Kernel, pulled: Sampl
         kernel.objects.map(Key(VOLUME, pack.hex)).write_bytes(b"no map")
     recover(kernel.cache)
     assert all(stored.size == 0 for stored in kernel.objects.all())
+
+
+def test_a_note_that_power_has_emptied(kernel: Kernel, pulled: Sample) -> None:
+    """Whose index the object is nobody knows: it is made anew, and stands in nothing's way."""
+    kernel.open(1, 1, "wide", 8192)
+    kernel.tell(read_message(2, 1, 0, 4096), close_message(1))
+    note = kernel.objects.index(Key(VOLUME, "wide"))
+    note.write_bytes(b"")
+    recovered(kernel.root, kernel.objects)
+    kernel.objects.cleaned()
+    assert not note.exists()
+    assert kernel.objects.find(Key(VOLUME, "wide")) is None
 
 
 def test_what_a_crash_leaves_is_removed(kernel: Kernel, pulled: Sample) -> None:

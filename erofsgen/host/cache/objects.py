@@ -110,7 +110,7 @@ class Objects:
         shutil.rmtree(self.directory / "graveyard", ignore_errors=True)
         known = set()
         for key, file in self._files():
-            if key is not None and (self.map(key).exists() or self.index(key).exists()):
+            if key is not None and (self._image(key) or self.map(key).exists()):
                 known.add(key)
             else:
                 freed += _remove(file)
@@ -124,10 +124,9 @@ class Objects:
 
         The kernel has it open by then, and does not know: a hole is all that it takes notice of. Raises StorageError.
         """
+        if self._image(key) == digest:
+            return
         record = self.index(key)
-        with suppress(OSError):
-            if record.read_text().partition("\n")[0] == digest:
-                return
         file = self.find(key)
         try:
             if file is not None:
@@ -195,10 +194,17 @@ class Objects:
         return self._records / key.volume / f"{key.cookie}{suffix}"
 
     def _stored(self, key: Key, file: Path) -> Stored:
-        index = self.index(key)
-        record = index if index.exists() else self.map(key)
-        of = index.read_text().partition("\n")[0] if record is index else key.cookie
-        return Stored(key, file, of, record.stat().st_mtime, _size(file))
+        image = self._image(key)
+        record = self.index(key) if image else self.map(key)
+        return Stored(key, file, image or key.cookie, record.stat().st_mtime, _size(file))
+
+    def _image(self, key: Key) -> str:
+        """The image whose index an object is, as far as that was noted; power can leave a note empty."""
+        with suppress(OSError):
+            digest = self.index(key).read_text().partition("\n")[0]
+            if digest.startswith("sha256:"):
+                return digest
+        return ""
 
     def _files(self) -> Iterator[tuple[Key | None, Path]]:
         """The kernel's files; no key for names that are none of ours."""
