@@ -15,8 +15,10 @@ from sites import PLANES, Site
 from erofsgen.errors import ErofsgenError
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.doctor import plane_works
+from erofsgen.host.mount.mounts import mounts
 
 DISK = Path(os.environ.get("EROFSGEN_VM_EXT4", "/nonexistent"))
+SETTLED = 61.0
 SHARE = Path(os.environ.get("EROFSGEN_VM_SHARE", "/nonexistent"))
 
 
@@ -34,6 +36,8 @@ def test_an_image_is_left_in_the_cache(plane):
     try:
         mounted = site.mount(wide.image)
         assert read_tree(mounted) == wide.files
+        if mounts(site.host.root)[0].how == "loop":
+            time.sleep(SETTLED)  # a flat image younger than that is not waited for, and compared with the store's
         site.unmount(mounted)
         if plane != "eager":
             eventually(site.idle)
