@@ -39,7 +39,7 @@ def index_named(layout: Layout, fsid: str) -> str:
 def _holes_at_end(layout: Layout, name: str) -> bool:
     """Whether the manifest says that files have holes at their ends only; see docs/format.md."""
     try:
-        manifest = json.loads((layout.images / f"{name}.json").read_bytes())
+        manifest = json.loads(layout.image_path(name, "json").read_bytes())
         return bool(manifest["layers"][0]["annotations"][_HOLES] == _AT_END)
     except (OSError, ValueError, LookupError, TypeError):
         return False
@@ -54,4 +54,4 @@ def _pulled(layout: Layout, name: str) -> set[str]:
 
     found = {names[known] for names in stores.values() if (known := known_name(name, names)) in names}
     digests = {digest.removeprefix("sha256:") for digest in found}
-    return {digest for digest in digests if (layout.images / f"{digest}.erofs").exists()}
+    return {digest for digest in digests if layout.image_path(digest, "erofs").exists()}

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, StorageError, UnsupportedError
 from erofsgen.host.cache.files import Layout
-from erofsgen.host.cache.objects import Key, Objects, is_digest, is_ours
+from erofsgen.host.cache.objects import Key, Objects, Stored, is_digest, is_ours
 from erofsgen.host.daemon.journal import Entry
 from erofsgen.host.daemon.planes import Done, Introduction, Supervisor
 from fscache_daemon import protocol
@@ -82,7 +82,6 @@ class Plane:
         self._asked_again = False
         self._closing = False
         self._culled = 0
-        self._took_over = device is not None
         if device is None:
             device = self._bind()
         self._device = Device(device) if isinstance(device, int) else device
@@ -169,7 +168,7 @@ class Plane:
                 return OpenPack(key, files, self._objects, descriptor, self._read_ahead)
         digest = index_named(self._layout, key.cookie)
         self._objects.claim(key, digest)
-        return OpenIndex(key, self._layout.images / f"{digest.removeprefix('sha256:')}.erofs", descriptor)
+        return OpenIndex(key, self._layout.image_path(digest, "erofs"), descriptor)
 
     def _refuse(self, message: int, descriptor: int, number: int) -> None:
         self._device.opened(message, -number)
@@ -292,15 +291,13 @@ class Plane:
         """Remove objects that are not in use, those first that were not for longest."""
         kept = self._objects.pinned() if keep is None else keep
         used = {found.key for found in self._open.values()}
-        freed = 0
-        for stored in self._objects.oldest(kept):
-            if wanted is not None and freed >= wanted:
-                break
-            if stored.key not in used and self._device.cull(stored.file):
-                self._objects.forget(stored.key)
-                self._culled += 1
-                freed += stored.size
-        return freed
+
+        def take(stored: Stored) -> bool:
+            taken = stored.key not in used and self._device.cull(stored.file)
+            self._culled += taken
+            return taken
+
+        return self._objects.remove(kept, wanted, take)
 
     def _under_pressure(self) -> None:
         """The disk is getting full: cull until there is as much free space as the kernel wants."""

@@ -206,7 +206,7 @@ class HostCache:
 
     def image_path(self, digest: str, suffix: str) -> Path:
         """A file of an image."""
-        return self.layout.images / f"{digest.removeprefix('sha256:')}.{suffix}"
+        return self.layout.image_path(digest, suffix)
 
     def open_image(self, digest: str, name: str | None = None) -> CachedImage:
         """The image with this digest, called ``name`` in messages. Raises NotFoundError, FormatError."""

@@ -72,6 +72,10 @@ class Layout:
         """Where indexes and manifests are."""
         return self.root / "images"
 
+    def image_path(self, digest: str, suffix: str) -> Path:
+        """A file of the image whose manifest has this digest."""
+        return self.images / f"{digest.removeprefix('sha256:')}.{suffix}"
+
     @property
     def directories(self) -> list[Path]:
         """Where packs are: one directory for each disk."""

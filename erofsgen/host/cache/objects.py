@@ -29,7 +29,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
@@ -161,18 +161,22 @@ class Objects:
         for record in (self.map(key), self.index(key)):
             record.unlink(missing_ok=True)
 
-    def remove(self, keep: Collection[str], wanted: int | None = None) -> int:
+    def remove(
+        self, keep: Collection[str], wanted: int | None = None, take: Callable[[Stored], bool] | None = None
+    ) -> int:
         """Remove objects until ``wanted`` bytes, None: all, are free, those first that were not used for longest.
 
-        ``keep``: SHA-256 of packs and digests of manifests whose objects stay. Returns bytes. Only while no daemon
-        runs.
+        ``keep``: SHA-256 of packs and digests of manifests whose objects stay. ``take`` removes a file, or says False;
+        None: it is unlinked, which is only for when no daemon runs. Returns bytes.
         """
+        take = take or _unlinked
         freed = 0
         for stored in self.oldest(keep):
             if wanted is not None and freed >= wanted:
                 break
-            freed += _remove(stored.file)
-            self.forget(stored.key)
+            if take(stored):
+                self.forget(stored.key)
+                freed += stored.size
         return freed
 
     def oldest(self, keep: Collection[str]) -> list[Stored]:
@@ -186,7 +190,7 @@ class Objects:
         kept = set(self._layout.config.pinned)
         for digest in tuple(kept):
             with suppress(OSError, ValueError, KeyError):
-                manifest = json.loads((self._layout.images / f"{digest.removeprefix('sha256:')}.json").read_bytes())
+                manifest = json.loads(self._layout.image_path(digest, "json").read_bytes())
                 kept |= {layer["digest"].removeprefix("sha256:") for layer in manifest["layers"][1:]}
         return kept
 
@@ -222,6 +226,13 @@ def is_ours(key: Key) -> bool:
 def is_digest(cookie: str) -> bool:
     """Whether a name can be a SHA-256."""
     return _DIGEST.fullmatch(cookie) is not None
+
+
+def _unlinked(stored: Stored) -> bool:
+    with suppress(OSError):
+        stored.file.unlink()
+        return True
+    return False
 
 
 def _remove(file: Path) -> int:
