@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOOLS = Path(sys.executable).parent
-PYTHON_DIRECTORIES = ["erofsgen", "fanotify_daemon", "fscache_daemon", "vmtests", "tests", "bench", "examples"]
+PACKAGES = ["erofsgen", "fanotify_daemon", "fscache_daemon", "fusefallback", "vmtests"]
+PYTHON_DIRECTORIES = [*PACKAGES, "tests", "bench", "examples"]
 SHELL_SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY))
     for directory in (".ci", "packaging", "vmtests")
@@ -35,7 +36,7 @@ def test_code_is_formatted():
 
 
 def test_types():
-    check(TOOLS / "mypy", "-p", "erofsgen", "-p", "fanotify_daemon", "-p", "fscache_daemon", "-p", "vmtests")
+    check(TOOLS / "mypy", *(word for package in PACKAGES for word in ("-p", package)))
 
 
 def test_imports_point_one_way():

@@ -11,6 +11,7 @@ import click
 
 from erofsgen.cli.shared import Settings, Size, cache_options, verb
 from erofsgen.errors import NotFoundError
+from erofsgen.host.daemon.planes import LAZY
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,7 +79,7 @@ def serve(settings: Settings, plane: str, plane_options: Mapping[str, object], o
 
 @verb()
 @click.option(
-    "--plane", type=click.Choice(["auto", "fanotify", "fscache"]), metavar="PLANE", default="auto", show_default=True,
+    "--plane", type=click.Choice(["auto", *LAZY]), metavar="PLANE", default="auto", show_default=True,
     help="How misses are noticed; auto takes the first that works here.",
 )  # fmt: skip
 @daemon_options
@@ -89,11 +90,9 @@ def command(settings: Settings, plane: str, **options: Any) -> None:  # noqa: AN
     """
     if plane == "auto" and not options["stop"]:
         from erofsgen.host.daemon.systemd import kept_names
-        from erofsgen.host.doctor import LAZY
-        from erofsgen.host.mount.mounts import first_that_works
 
         # after a crash the service manager still holds the plane's device, where none could be tried
-        plane = next((lazy for lazy in LAZY if lazy in kept_names()), None) or first_that_works(settings.root)
+        plane = next((lazy for lazy in LAZY if lazy in kept_names()), None) or settings.plane(plane)
     serve(settings, plane, {}, options)
 
 

@@ -35,7 +35,7 @@ def command(settings: Settings) -> int:
             (
                 plane.plane + (" (auto)" if plane.plane == found.auto else ""),
                 "yes" if plane.works else "no",
-                "; ".join(filter(None, [plane.because, None if plane.in_this_version else "not in this version"])),
+                plane.because or "",
             )
             for plane in found.planes
         ],

@@ -1,4 +1,4 @@
-"""``erofsgen mount``: an image as a directory, by the kernel's own EROFS."""
+"""``erofsgen mount``: an image as a directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, p
 @plane_options
 @click.option("--rw", is_flag=True, help="Writable: an overlay whose changes go to an upper directory.")
 @click.option("--upper", type=click.Path(path_type=Path), metavar="DIR", help="Where the changes go; implies --rw.")
-@click.option("--read-ahead", type=Size(), metavar="SIZE", help="What EROFS reads ahead in a lazy mount.  [512K]")
+@click.option("--read-ahead", type=Size(), metavar="SIZE", help="What the kernel reads ahead; by default what is best.")
 @cache_options
 def command(
     settings: Settings,
@@ -33,7 +33,7 @@ def command(
     --eager all data is brought first, and no daemon is needed.
     """
     from erofsgen.cli import output
-    from erofsgen.host.mount.mounts import READ_AHEAD, choose, mount
+    from erofsgen.host.mount.mounts import mount
     from erofsgen.host.pull import find
 
     found = find(settings.cache(), settings.store, image)
@@ -42,10 +42,10 @@ def command(
             found,
             target,
             root=settings.root,
-            plane="eager" if eager else choose(plane, settings.root),
+            plane="eager" if eager else settings.plane(plane),
             rw=rw or upper is not None,
             upper=upper,
-            read_ahead=READ_AHEAD if read_ahead is None else read_ahead >> 10,
+            read_ahead=None if read_ahead is None else read_ahead >> 10,
             progress=progress,
         )
     if settings.json:

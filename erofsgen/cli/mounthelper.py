@@ -24,6 +24,7 @@ from erofsgen.cli.output import one_line
 from erofsgen.cli.shared import Settings
 from erofsgen.errors import BusyError, ErofsgenError, UnsupportedError, UsageError
 from erofsgen.host import linux
+from erofsgen.host.daemon.planes import LAZY
 
 USAGE: Final = 1
 SYSTEM: Final = 2
@@ -44,7 +45,7 @@ _IGNORED: Final = re.compile(
 )
 """What is for mount(8) and its callers, or says nothing about a file system that keeps no access times."""
 
-_USAGE_HINT: Final = "mount.erofsgen IMAGE DIR [-o store=DIR,root=DIR,ro|rw,upper=DIR,eager,plane=NAME,…]"
+_USAGE_HINT: Final = "mount.erofsgen IMAGE DIR [-o store=DIR,root=DIR,ro|rw,upper=DIR,eager,plane=NAME,allow_other,…]"
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Request:
     rw: bool = False
     upper: Path | None = None
     plane: str = "auto"
+    allow_other: bool = False
     attributes: set[str] = field(default_factory=set)
     fake: bool = False
     verbose: bool = False
@@ -113,6 +115,8 @@ def parse(arguments: Sequence[str]) -> Request:
                     access = name
                 case "eager" if not equals:
                     request.plane = "eager"
+                case "allow_other" if not equals:
+                    request.allow_other = True
                 case "plane" if argument:
                     request.plane = argument
                 case "store" if argument:
@@ -140,18 +144,21 @@ def split(options: str) -> Iterator[str]:
 
 
 def _mount(request: Request) -> None:
-    from erofsgen.host.mount.mounts import choose, mount, unmount
+    from erofsgen.host.mount.mounts import mount, unmount
     from erofsgen.host.pull import find
 
-    if request.plane not in ("auto", "eager", "fanotify", "fscache"):
-        raise UnsupportedError(
-            f"plane {request.plane} is not in this version",
-            hint="use plane=auto, plane=fanotify, plane=fscache or eager",
-        )
+    if request.plane not in ("auto", "eager", *LAZY):
+        raise UnsupportedError(f"no plane {request.plane}", hint=f"use one of auto, {', '.join(LAZY)}, eager")
     image = find(request.settings.cache(), request.settings.store, request.image)
     root = request.settings.root
     info = mount(
-        image, request.target, root=root, plane=choose(request.plane, root), rw=request.rw, upper=request.upper
+        image,
+        request.target,
+        root=root,
+        plane=request.settings.plane(request.plane),
+        rw=request.rw,
+        upper=request.upper,
+        allow_other=request.allow_other,
     )
     if request.attributes:
         try:

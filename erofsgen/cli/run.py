@@ -78,7 +78,6 @@ def command(
         raise UsageError("--rw and --read-only contradict each other")
     from erofsgen.host.container.bundle import Options, Volume
     from erofsgen.host.container.run import run
-    from erofsgen.host.mount.mounts import choose
     from erofsgen.host.pull import find
 
     found = find(settings.cache(), settings.store, image)
@@ -98,7 +97,7 @@ def command(
         found,
         options,
         root=settings.root,
-        plane="eager" if eager else choose(plane, settings.root),
+        plane="eager" if eager else settings.plane(plane),
         name=name,
         upper=upper,
         runtime=runtime,

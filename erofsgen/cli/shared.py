@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from erofsgen.errors import UsageError
+from erofsgen.host.daemon.planes import LAZY
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from erofsgen.host.cache.cache import HostCache
+    from erofsgen.host.mount.state import Plane
     from erofsgen.progress import Progress
     from erofsgen.store.directory import DirectoryStore
     from erofsgen.store.image import Image
@@ -66,6 +68,18 @@ class Settings:
 
         store = self.open_store()
         return Image.open(store, known_name(store, name))
+
+    def plane(self, word: str) -> Plane:
+        """The plane that the user's word means; says so where ``auto`` means one of the slower ones.
+
+        Raises UnsupportedError where none works.
+        """
+        from erofsgen.host.mount.mounts import choose
+
+        plane, reasons = choose(word, self.root)
+        if plane in ("blockfuse", "fuse") and reasons and not self.quiet:
+            click.echo(f"note: plane {plane}, since others do not work here: {'; '.join(reasons)}", err=True)
+        return plane
 
     def progress(self) -> AbstractContextManager[Progress]:
         """Where work shows how far it is: bars on a terminal, lines elsewhere, nothing with ``--quiet``."""
@@ -171,7 +185,7 @@ def plane_options(function: F) -> F:
     """The options that say how an image's data comes to this host."""
     for option in (
         click.option(
-            "--plane", type=click.Choice(["auto", "fanotify", "fscache"]), metavar="PLANE", default="auto",
+            "--plane", type=click.Choice(["auto", *LAZY]), metavar="PLANE", default="auto",
             help="How missing data is noticed; auto takes the first that works here.",
         ),
         click.option("--eager", is_flag=True, help="Put all of the image's data on this host first."),

@@ -46,18 +46,12 @@ PLANES: Final[dict[str, tuple[tuple[Check, ...], ...]]] = {
 }
 """What each plane needs, in the order ``auto`` prefers them: one check of every group."""
 
-LAZY: Final = ("fanotify", "fscache")
-"""The lazy planes of this version, in that order."""
-
-IMPLEMENTED: Final = (*LAZY, "eager")
-
 
 class Plane(msgspec.Struct, frozen=True):
     """What is to be said about a plane. ``works``: the kernel and the host could; ``because``: what is in the way."""
 
     plane: str
     works: bool
-    in_this_version: bool
     because: str | None
 
 
@@ -89,8 +83,8 @@ def examine(roots: Iterable[Path]) -> Diagnosis:
     planes = []
     for plane in PLANES:
         verdict = _weigh(plane, found.__getitem__)
-        planes.append(Plane(plane, verdict.ok, plane in IMPLEMENTED, None if verdict.ok else verdict.detail))
-    auto = next((plane.plane for plane in planes if plane.works and plane.in_this_version), None)
+        planes.append(Plane(plane, verdict.ok, None if verdict.ok else verdict.detail))
+    auto = next((plane.plane for plane in planes if plane.works), None)
     return Diagnosis(list(found.values()), planes, auto)
 
 

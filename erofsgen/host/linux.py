@@ -273,6 +273,15 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since the boot; None where there is none. With its pid it names it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])  # proc(5): field 22; the name may hold anything
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def mount_id(descriptor: int) -> int:
     """The id of the mount that an open file or a detached mount is on, as in mountinfo. Reused after unmounting."""
     with open(f"/proc/self/fdinfo/{descriptor}") as file:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from erofsgen.errors import BusyError, ErofsgenError, StorageError
+from erofsgen.errors import BusyError, StorageError
 from erofsgen.host.daemon import control
-
-LOG: Final = "daemon.log"
-_LOG_LIMIT: Final = 8 << 20
-"""Bytes after which the log is begun anew, when a daemon starts."""
-_START: Final = 60.0
-"""Seconds that a daemon has to start in."""
+from erofsgen.host.daemon.background import LOG, in_background
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -90,45 +82,13 @@ class Client:
         raise control.no_answer()
 
 
-def start(root: Path, options: Iterable[str] = ()) -> None:
-    """Start a daemon for ``root`` in the background and wait until it answers. Raises what kept it from that."""
+def start(root: Path, options: Sequence[str] = ()) -> None:
+    """Start a daemon in the background and wait until it answers. Raises what kept it from that."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = root / LOG
     try:
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from error
-    try:
-        if os.fstat(log).st_size > _LOG_LIMIT:
-            os.ftruncate(log, 0)
-        begin = os.fstat(log).st_size
-        # it returns when the daemon, by then nobody's child, takes commands
-        code = subprocess.run(
-            [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(root), "--detach", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            timeout=_START,
-            check=False,
-        ).returncode
-    except subprocess.TimeoutExpired:
-        raise StorageError(f"{root}: the daemon did not start within {_START:g} s", hint=f"see {path}") from None
-    finally:
-        os.close(log)
-    if code == BusyError.exit_code and (client := Client.connect(root)) is not None:
+        in_background(root, "erofsgen.host.daemon.supervisor", "--root", str(root), "--detach", *options)
+    except BusyError:
+        client = Client.connect(root)
+        if client is None:
+            raise
         client.close()  # another command has started one in the same moment
-    elif code:
-        raise _reason(path, begin, code)
-
-
-def _reason(log: Path, begin: int, code: int) -> ErofsgenError:
-    """What a daemon that did not start has said."""
-    with log.open("rb") as file:
-        file.seek(begin)
-        lines = file.read().decode(errors="replace").splitlines()
-    said = {kind: line.partition(": ")[2] for line in lines for kind in ("error", "hint") if line.startswith(kind)}
-    kinds = {kind.exit_code: kind for kind in ErofsgenError.__subclasses__()}
-    return kinds.get(code, StorageError)(
-        said.get("error", "the daemon did not start"), hint=said.get("hint", f"see {log}")
-    )

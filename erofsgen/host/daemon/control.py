@@ -16,8 +16,8 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -138,19 +138,15 @@ class ControlServer:
         connection.close()
 
 
-def listen(root: Path) -> socket.socket:
-    """The control socket, made anew: the caller holds the daemon's lock. Raises StorageError."""
-    path = root / SOCKET
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+def listen(root: Path, name: str = SOCKET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    """A socket below ``root``, made anew: the caller holds the daemon's lock. Raises StorageError."""
+    path = root / name
+    listening = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
         path.unlink(missing_ok=True)
-        # a path of any length: sun_path has 108 bytes
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            listening.bind(f"/proc/self/fd/{directory}/{SOCKET}")
-        finally:
-            os.close(directory)
+        with address_of(root, name) as address:
+            listening.bind(address)
         listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
@@ -160,15 +156,22 @@ def listen(root: Path) -> socket.socket:
     return listening
 
 
+@contextmanager
+def address_of(root: Path, name: str) -> Iterator[str]:
+    """A socket's address where its path may be of any length: sun_path has 108 bytes. Raises OSError."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{name}"
+    finally:
+        os.close(directory)
+
+
 def connect(root: Path) -> socket.socket | None:
     """A connection to the daemon of ``root``; None where there is none. Raises StorageError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
-        finally:
-            os.close(directory)
+        with address_of(root, SOCKET) as address:
+            connection.connect(address)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,4 +37,23 @@ def detach(mount: dict[str, Any]) -> None:
     for point in linux.mount_points():
         if point.id == mount["mount_id"] and point.device == mount["device"]:
             with suppress(OSError):
-                linux.umount(point.target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+                take_away(point.target, lazy=True)
+
+
+def take_away(target: str, *, lazy: bool) -> None:
+    """Unmount what is on ``target``; ``lazy``: also while it is in use. Raises OSError.
+
+    A plain user's FUSE mount is for fusermount3, which tells why not only in words: EBUSY stands for all of them.
+    """
+    try:
+        linux.umount(target, linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if lazy else 0))
+    except PermissionError:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", target]
+        try:
+            ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        except FileNotFoundError:
+            ended = None
+        if ended is None or b"not permitted" in ended.stderr:
+            raise
+        if ended.returncode:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), target) from None

@@ -1,17 +1,35 @@
 """What a supervisor and the plane that it runs may ask of one another.
 
-A plane is a package ``<name>_daemon`` whose module ``plane`` has a class ``Plane``, made of what the kernel calls the
-plane by, a descriptor that :class:`.standby.Standby` can hold: None begins anew.
+A plane is a class, made of what requests come through, a descriptor that :class:`.standby.Standby` can hold: None
+begins anew.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from erofsgen.errors import ErofsgenError
 from erofsgen.host.daemon.journal import Entry
+
+_CLASSES: Final = {
+    "fanotify": "fanotify_daemon.plane.Plane",
+    "fscache": "fscache_daemon.plane.Plane",
+    "blockfuse": "fusefallback.plane.BlockPlane",
+    "fuse": "fusefallback.plane.Plane",
+}
+
+LAZY: Final = tuple(_CLASSES)
+"""The planes that bring data on demand, in the order ``auto`` prefers them."""
+
+
+def load(name: str) -> Callable[..., Plane]:
+    """The class of a plane of :data:`LAZY`."""
+    module, _, attribute = _CLASSES[name].rpartition(".")
+    return cast(Callable[..., Plane], getattr(importlib.import_module(module), attribute))
+
 
 Done = Callable[[ErofsgenError | None], None]
 """Called once, with what went wrong or None."""
@@ -26,6 +44,9 @@ class Introduction(NamedTuple):
 
 class Supervisor(Protocol):
     """What a plane may ask of its supervisor. All in the supervisor's thread, but for :meth:`call`."""
+
+    deadline: float
+    """Seconds that a request may wait."""
 
     def saw(self, key: int, /) -> None:
         """A request was read from the kernel; only where the plane is journalled."""
@@ -53,6 +74,9 @@ class Supervisor(Protocol):
 
     def watch(self, descriptor: int, ready: Callable[[], None], events: int, /) -> None:
         """Run ``ready`` whenever one of ``events`` (epoll(7)) is due for ``descriptor``."""
+
+    def unwatch(self, descriptor: int, /) -> None:
+        """Before a descriptor that is watched is closed."""
 
 
 class Plane(Protocol):

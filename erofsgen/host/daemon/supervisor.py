@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
-import importlib
 import logging
 import os
 import resource
@@ -50,7 +49,7 @@ from erofsgen.host.daemon.control import Connection, ControlServer
 from erofsgen.host.daemon.journal import Journal
 from erofsgen.host.daemon.loop import Loop
 from erofsgen.host.daemon.mounted import detach, lazy_mounts
-from erofsgen.host.daemon.planes import Plane
+from erofsgen.host.daemon.planes import Plane, load
 from erofsgen.host.daemon.requests import Request, Requests
 from erofsgen.host.daemon.standby import Standby, become
 from erofsgen.host.daemon.workerlink import WorkerLink, worker_command
@@ -84,6 +83,7 @@ class Supervisor:
         options: argparse.Namespace,
     ) -> None:
         self.root = root
+        self.deadline: float = options.deadline
         self._loop = Loop()
         self._plane = plane
         self._journal = journal
@@ -243,6 +243,9 @@ class Supervisor:
     def watch(self, descriptor: int, ready: Callable[[], None], events: int) -> None:
         self._loop.watch(descriptor, ready, events)
 
+    def unwatch(self, descriptor: int) -> None:
+        self._loop.unwatch(descriptor)
+
     # --- the worker's side -------------------------------------------------------------------------------------------
 
     def _from_worker(self, message: Message) -> None:
@@ -388,7 +391,7 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Be the supervisor of ``options.root`` until told to stop. ``arguments`` start another like this."""
     root = Path(os.path.realpath(options.root))
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_plane = importlib.import_module(f"{options.plane}_daemon.plane").Plane
+    make_plane = load(options.plane)
     slots = _raise_limit()
     held = dict(pair.split("=") for pair in options.inherit.split(",") if pair) if options.inherit else systemd.kept()
     holds = {name: int(number) for name, number in held.items()}
@@ -425,6 +428,7 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         if os.fork():
             os._exit(0)  # whoever waits for this knows that commands are taken
         os.setsid()
+        os.dup2(2, 1)
         plane.moved()
     Supervisor(root, plane, journal, listening, holds, arguments, options).run()
 

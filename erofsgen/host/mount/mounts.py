@@ -1,8 +1,8 @@
 """Mounts of images, eager and lazy.
 
 Eager: all of an image is local and verified before it is mounted, and nothing runs afterwards. Lazy: its index and
-tables of contents are local, its packs are under the marks of a daemon's plane before the kernel opens them, and what
-is read is brought then.
+tables of contents are local, its packs are under a daemon's plane before the kernel opens them, and what is read is
+brought then. With the planes blockfuse and fuse that is a server process of the mount's own.
 
 A read-only mount is the kernel's EROFS on the target. A read-write one is overlayfs on the target with that EROFS
 below it, which is attached nowhere else: one umount ends both. See :mod:`erofsgen.host.mount.state` for what is kept.
@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -24,7 +25,9 @@ from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objects import DOMAIN
 from erofsgen.host.cache.part import settle, storage
 from erofsgen.host.daemon.client import Client
+from erofsgen.host.daemon.mounted import take_away
 from erofsgen.host.mount import superblock
+from erofsgen.host.mount.fuse import FLAT, Served, start_server
 from erofsgen.host.mount.holders import holders
 from erofsgen.host.mount.overlay import Upper
 from erofsgen.host.mount.state import How, MountInfo, MountStates, Plane, namespace
@@ -40,6 +43,8 @@ _BY_HAND: Final = 64
 
 READ_AHEAD: Final = 512
 """KiB that EROFS reads ahead of a sequential reader of a lazy mount, by measurement: see docs/decisions.md."""
+FUSE_READ_AHEAD: Final = 4096
+"""KiB that FUSE reads ahead, by measurement, too."""
 
 
 def mount(
@@ -50,17 +55,19 @@ def mount(
     plane: Plane = "eager",
     rw: bool = False,
     upper: Path | None = None,
-    read_ahead: int = READ_AHEAD,
+    read_ahead: int | None = None,
+    allow_other: bool = False,
     progress: Progress = SILENT,
     via: How | None = None,
 ) -> MountInfo:
     """Mount ``image`` on the directory ``target``; host cache and state are below ``root``.
 
     ``image`` of the cache needs no store, if the cache has what ``plane`` needs. A lazy ``plane`` starts a daemon where
-    none runs; EROFS then reads ``read_ahead`` KiB ahead.
+    none runs; the kernel then reads ``read_ahead`` KiB ahead, by default what is best for the plane.
     ``rw`` puts an overlay on top, whose changes are thrown away with the mount. ``upper``, made where it is missing,
-    keeps them, and implies ``rw``. ``via`` is for tests: by default files back the mount where the
-    kernel can do that, else a loop device does.
+    keeps them, and implies ``rw``. ``allow_other``: with the plane fuse, a mount of a plain user's is for everybody, as
+    root's always are. ``via`` is for tests: by default files back the mount where the kernel can do that, else a loop
+    device does.
 
     Raises NotFoundError and UsageError (``target`` or ``upper`` cannot be used as such), BusyError (a mount of ours is
     there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS or without the plane), and what
@@ -69,7 +76,11 @@ def mount(
     target = _target(target)
     if upper is not None:
         rw, upper = True, Path(os.path.realpath(upper))
-    superblock.require()
+    as_user = plane == "fuse" and not superblock.may_mount("fuse")
+    if as_user and rw:
+        raise UnsupportedError("only root can mount read-write", hint="leave --rw and --upper away")
+    if plane != "fuse":
+        superblock.require()
     states = MountStates(root)
     if states.hides(target):
         raise UsageError(f"{target}: in the way of the host cache {states.root}", hint="mount somewhere else")
@@ -79,26 +90,40 @@ def mount(
     cached = image if isinstance(image, CachedImage) else cache.add(image, progress)
     if via is None:
         via = _how(plane, cached.index)
-    if via == "loop":
+    index = cached.index
+    if plane == "eager" and via == "loop":
         cache.materialise_flat(image, progress)
+        index = cache.image_path(cached.digest, "flat")
     elif plane == "eager":
         complete(cache, cached, image if isinstance(image, Image) else None, progress)
     identity = os.urandom(8).hex()
     with ExitStack() as undo, ExitStack() as held:
-        index = cache.image_path(cached.digest, "flat") if via == "loop" else cached.index
-        devices = held.enter_context(cached.in_use()) if via == "file-backed" else []
+        devices = [] if index != cached.index else held.enter_context(cached.in_use())
         if plane != "eager":
             client = held.enter_context(Client.start(states.root, ["--plane", plane]))
             client.call("arm", mount=identity, plane=plane, packs=[os.fspath(path) for path in devices])
+        served: Served | None = None
+        if plane in ("fuse", "blockfuse"):
+            at = target if as_user else None
+            serve = partial(start_server, states.root, plane, identity, cached.digest, flat=via == "loop")
+            served = held.enter_context(Served(cached.name, serve, at=at, allow_other=allow_other))
+            served.read_ahead(read_ahead or FUSE_READ_AHEAD)
+            if as_user:
+                undo.callback(_take_away, str(target))
         mounted = held.enter_context(states.locked())
         _refuse(mounted, target, upper)
         fsid = None
-        if via == "loop":
-            top = superblock.mount_loop(index)
+        if served is not None and via == "fuse":
+            top = os.dup(served.top)
+        elif via == "loop":
+            top = superblock.mount_loop(index if served is None else served.path(FLAT))
         elif via == "fscache":
-            top, fsid = _mount_fscache(cached.digest, {info.fsid for info in mounted}, read_ahead)
+            taken = {info.fsid for info in mounted}
+            top, fsid = _mount_fscache(cached.digest, taken, read_ahead or READ_AHEAD)
         else:
-            top = superblock.mount_files(index, devices, read_ahead=None if plane == "eager" else read_ahead)
+            files = devices if served is None else [served.path(path.stem) for path in devices]
+            ahead = None if plane == "eager" else read_ahead or READ_AHEAD
+            top = superblock.mount_files(index, files, read_ahead=ahead)
         held.callback(os.close, top)
         changes = None
         if rw:
@@ -121,8 +146,9 @@ def mount(
             work=str(changes.work) if changes else None,
             keep=upper is not None,
             index=str(index),
-            devices=[str(path) for path in devices],
+            devices=[str(path) for path in devices] if via == "file-backed" else [],
             fsid=fsid,
+            server=served.server if served else None,
             mounted_at=datetime.now(UTC).isoformat(timespec="seconds"),
             mount_id=linux.mount_id(top),
             device=f"{os.major(device)}:{os.minor(device)}",
@@ -132,10 +158,11 @@ def mount(
         undo.callback(states.forget, info)
         undo.callback(_detach, info)
         states.write(info)
-        with storage(target):
-            place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, place)
-            linux.move_mount(top, place)
+        if not as_user:
+            with storage(target):
+                place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                held.callback(os.close, place)
+                linux.move_mount(top, place)
         undo.pop_all()
         if plane != "eager":
             with suppress(ErofsgenError):  # that the connection ends says the same
@@ -143,29 +170,30 @@ def mount(
     return info
 
 
-def choose(plane: str, root: Path) -> Plane:
-    """The plane that the user's word means. ``auto``: that of the daemon that runs, or the lazy one that works first.
+def choose(plane: str, root: Path) -> tuple[Plane, list[str]]:
+    """The plane that the user's word means, and why it is none that ``auto`` prefers, a line for each of these.
 
-    Raises UnsupportedError where none works.
+    ``auto``: that of the daemon that runs, or the lazy one that works first. Raises UnsupportedError where none works.
     """
     if plane != "auto":
-        return cast(Plane, plane)
+        return cast(Plane, plane), []
     client = Client.connect(root)
     if client is not None:
         with client:
-            return cast(Plane, client.call("hello")["plane"])
+            return cast(Plane, client.call("hello")["plane"]), []
     return first_that_works(root)
 
 
-def first_that_works(root: Path) -> Plane:
-    """The lazy plane that ``auto`` means where no daemon runs. Raises UnsupportedError where none works."""
-    from erofsgen.host.doctor import LAZY, plane_works
+def first_that_works(root: Path) -> tuple[Plane, list[str]]:
+    """The lazy plane that ``auto`` means where no daemon runs, and why not others, as :func:`choose`."""
+    from erofsgen.host.daemon.planes import LAZY
+    from erofsgen.host.doctor import plane_works
 
-    reasons = []
+    reasons: list[str] = []
     for lazy in LAZY:
         finding = plane_works(root, lazy)
         if finding.ok:
-            return lazy
+            return cast(Plane, lazy), reasons
         reasons.append(f"{lazy}: {finding.detail}")
     raise UnsupportedError(
         f"no image can be mounted lazily here: {'; '.join(reasons)}", hint="see `erofsgen doctor`; mount with --eager"
@@ -173,9 +201,9 @@ def first_that_works(root: Path) -> Plane:
 
 
 def _how(plane: Plane, index: Path) -> How:
-    if plane == "fscache":
-        return "fscache"
-    return "file-backed" if plane != "eager" or superblock.can_back_by_file(index) else "loop"
+    if plane in ("fscache", "fuse"):
+        return plane
+    return "file-backed" if plane == "fanotify" or superblock.can_back_by_file(index) else "loop"
 
 
 def _mount_fscache(digest: str, taken: Collection[str | None], read_ahead: int) -> tuple[int, str]:
@@ -212,7 +240,7 @@ def unmount(target: Path, *, root: Path, force: bool = False) -> MountInfo:
             )
         _uncovered(info)
         try:
-            linux.umount(path, linux.UMOUNT_NOFOLLOW | (linux.MNT_DETACH if force else 0))
+            take_away(path, lazy=force)
         except OSError as error:
             if error.errno == errno.EBUSY:
                 by = holders(path, info.mount_id)
@@ -278,7 +306,12 @@ def _detach(info: MountInfo) -> None:
     """Take a mount away that may have been attached: an interrupt can come right behind that."""
     with suppress(OSError, ErofsgenError):
         _uncovered(info)
-        linux.umount(info.target, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH)
+        take_away(info.target, lazy=True)
+
+
+def _take_away(target: str) -> None:
+    with suppress(OSError):
+        take_away(target, lazy=True)
 
 
 def _not_mounted(target: Path, root: Path) -> NotFoundError:

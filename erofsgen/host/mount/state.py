@@ -33,8 +33,8 @@ from erofsgen.errors import FormatError
 from erofsgen.host import linux
 from erofsgen.host.cache.part import storage
 
-How = Literal["file-backed", "loop", "fscache"]
-Plane = Literal["eager", "fanotify", "fscache"]
+How = Literal["file-backed", "loop", "fscache", "fuse"]
+Plane = Literal["eager", "fanotify", "fscache", "blockfuse", "fuse"]
 
 
 class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,10 +42,12 @@ class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     ``plane``            ``eager``: all of it was local when it was mounted; otherwise who brings what is missing
     ``how``              ``file-backed``: index and devices are files; ``loop``: one flat image under a loop device;
-                         ``fscache``: the kernel's own cache has them
+                         ``fscache``: the kernel's own cache has them; ``fuse``: no EROFS, the server answers
     ``index``            the index, or the flat image
     ``devices``          packs' data files in device-slot order; those of ``file-backed`` only
     ``fsid``             what an ``fscache`` mount calls the index
+    ``server``           the process that answers for a ``fuse`` or ``blockfuse`` mount: its number and its start,
+                         in clock ticks since the boot
     ``upper``, ``work``  the overlay's directories, None for a read-only mount
     ``keep``             ``upper`` was given by the user and outlives the mount
     ``mounted_at``       UTC, ISO 8601
@@ -66,6 +68,7 @@ class MountInfo(msgspec.Struct, frozen=True, kw_only=True):
     index: str
     devices: list[str]
     fsid: str | None = None
+    server: tuple[int, int] | None = None
     mounted_at: str
     mount_id: int
     device: str

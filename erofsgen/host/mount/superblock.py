@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,17 @@ def require() -> None:
     """Raises UnsupportedError where no EROFS can be mounted at all: no root, a kernel without it."""
     with _context("erofs", Path("erofs")):
         pass
+
+
+def may_mount(fstype: str) -> bool:
+    """Whether this process may mount such a file system at all."""
+    try:
+        os.close(linux.fsopen(fstype))
+    except PermissionError:
+        return False
+    except OSError:
+        return True  # whatever it is, mounting says it better
+    return True
 
 
 def can_back_by_file(index: Path) -> bool:
@@ -92,6 +104,37 @@ def mount_fscache(fsid: str, domain: str, *, read_ahead: int) -> int:
         mount = linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
     _read_ahead(before, read_ahead)
     return mount
+
+
+def mount_fuse(device: int, name: str, options: Sequence[str] = ()) -> int:
+    """A FUSE mount of the image ``name`` that whoever reads ``device``, ``/dev/fuse``, answers for. Nobody waits yet.
+
+    ``options``: further flags. What it looks like may not be asked before the server runs.
+    """
+    with _context("fuse", Path(name)) as context:
+        for key, value in (
+            ("source", name[: linux.FSCONFIG_STRING_LIMIT]),
+            ("subtype", "erofsgen"),
+            ("fd", str(device)),
+            ("rootmode", f"{stat.S_IFDIR:o}"),
+            ("user_id", str(os.geteuid())),
+            ("group_id", str(os.getegid())),
+        ):
+            linux.fsconfig_string(context, key, value)
+        for flag in ("ro", "default_permissions", *options):
+            linux.fsconfig_flag(context, flag)
+        linux.fsconfig_create(context)
+        return linux.fsmount(context, linux.MOUNT_ATTR_RDONLY)
+
+
+def read_ahead_of(device: int, read_ahead: int) -> None:
+    """Have the kernel read ``read_ahead`` KiB ahead in the superblock whose files have the ``st_dev`` ``device``.
+
+    Only root can; nothing happens otherwise.
+    """
+    with suppress(OSError):  # no sysfs, or a read-only one
+        name = f"{os.major(device)}:{os.minor(device)}"
+        Path(_BACKING_DEVICES, name, "read_ahead_kb").write_text(str(read_ahead))
 
 
 def _read_ahead(before: set[str], read_ahead: int) -> None:
@@ -168,7 +211,7 @@ def _context(fstype: str, what: Path) -> Iterator[int]:
         os.close(context)
 
 
-_OPTION: Final = {"erofs": "EROFS_FS", "overlay": "OVERLAY_FS"}
+_OPTION: Final = {"erofs": "EROFS_FS", "overlay": "OVERLAY_FS", "fuse": "FUSE_FS"}
 
 
 def _refused(fstype: str, what: Path, error: OSError, log: list[str]) -> ErofsgenError:

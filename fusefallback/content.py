@@ -1,0 +1,199 @@
+"""A pack's device bytes for the kernel: from the host cache, brought first where they are missing.
+
+What is there is replied as memory of the mapped data file, so that Python copies nothing. What is not in the page cache
+is read by a thread: a page fault would stop the whole process until the disk has answered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import pyfuse3
+import trio
+
+from erofsgen.erofs.node import Extent
+from erofsgen.errors import ErofsgenError, StorageError
+from erofsgen.host.daemon.lazypack import LazyPack
+from fusefallback.link import Link
+
+_logger: Final = logging.getLogger(__name__)
+
+Bytes = bytes | bytearray | memoryview
+
+_PAGE: Final = mmap.PAGESIZE
+_MAPPED: Final = 64 << 20
+"""Bytes of data files that may count as this process's memory: mapped pages do, although the page cache has them
+anyway."""
+_libc: Final = ctypes.CDLL(None)
+
+
+class Piece(NamedTuple):
+    """Bytes ``[start, start + length)`` of a device: 0 is the index, slots count from 1; None: zeros."""
+
+    device: int | None
+    start: int
+    length: int
+
+
+def pieces_of(extents: Sequence[Extent], offset: int, length: int) -> list[Piece]:
+    """Where bytes ``[offset, offset + length)`` of a file are whose ``extents`` are in order and without gaps."""
+    end = offset + length
+    pieces = []
+    at = bisect_right(extents, offset, key=_offset) - 1
+    while offset < end:
+        extent = extents[at]
+        skipped = offset - extent.offset
+        size = min(extent.length - skipped, end - offset)
+        start = extent.start + skipped if extent.device is not None else 0
+        pieces.append(Piece(extent.device, start, size))
+        offset += size
+        at += 1
+    return pieces
+
+
+_offset: Final = attrgetter("offset")
+
+
+class ServedPack(LazyPack):
+    """The pack whose data file is ``data``, kept in the host cache for as long as this is open.
+
+    Raises StorageError, FormatError.
+    """
+
+    def __init__(self, data: Path, read_ahead: int) -> None:
+        super().__init__(data.stem, data.with_suffix(".toc"), data.with_suffix(".map"), read_ahead)
+        try:
+            fcntl.flock(self.presence.fileno(), fcntl.LOCK_SH)  # so that nothing of it is evicted
+            self.descriptor = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
+            self._map = mmap.mmap(self.descriptor, self.device_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except (OSError, ValueError) as error:  # ValueError: the file is too short
+            what = error.strerror if isinstance(error, OSError) else f"{self.device_size} bytes expected"
+            raise StorageError(f"{data}: {what}", hint="run `erofsgen pull` again") from error
+        self.memory = memoryview(self._map)
+        self._address = np.frombuffer(self._map, np.uint8).ctypes.data
+        self.whole = self.complete
+
+    def is_in_memory(self, offset: int, length: int) -> bool:
+        """Whether a range can be read without the disk: mincore(2)."""
+        start = offset & -_PAGE
+        pages = -(-(offset + length - start) // _PAGE)
+        found = ctypes.create_string_buffer(pages)
+        size = ctypes.c_size_t(pages * _PAGE)
+        return not _libc.mincore(ctypes.c_void_p(self._address + start), size, found) and b"\0" not in found.raw
+
+    def unmap(self) -> None:
+        """Let pages that were read no longer count as this process's."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class Content:
+    """What ``index`` and ``packs`` hold, these in the order of device slots; ``link`` has brought what is missing."""
+
+    def __init__(self, link: Link, index: memoryview, packs: Sequence[ServedPack]) -> None:
+        self._link = link
+        self._index = index
+        self._packs = packs
+        self._mapped: set[ServedPack] = set()
+        self._mapped_bytes = 0
+
+    async def read(self, pieces: Sequence[Piece]) -> Bytes:
+        """Pieces one behind the other. Raises FUSEError, with EIO."""
+        try:
+            await self._have(pieces)
+            if len(pieces) == 1:
+                return await self._read(pieces[0])
+            joined = bytearray(sum(piece.length for piece in pieces))
+            at = 0
+            for piece in pieces:
+                if piece.device is not None:
+                    joined[at : at + piece.length] = await self._read(piece)
+                at += piece.length
+        except (ErofsgenError, OSError) as error:
+            _logger.error("read failed: %s", error)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+        return joined
+
+    async def _have(self, pieces: Sequence[Piece]) -> None:
+        """Return when all of it is in the host cache."""
+        missing = []
+        for device, start, length in pieces:
+            if not device:
+                continue
+            pack = self._packs[device - 1]
+            if not pack.whole:
+                if not pack.ready(start, length):
+                    missing.append((pack, start, length))
+                ahead = pack.streams.read(start, length)
+                if ahead is not None:
+                    self._bring(device, *ahead)
+        if len(missing) == 1:
+            await self._fill(*missing[0])
+        elif missing:
+            failures: list[ErofsgenError] = []
+
+            async def fill(pack: ServedPack, start: int, length: int) -> None:
+                try:
+                    await self._fill(pack, start, length)
+                except ErofsgenError as error:
+                    failures.append(error)
+
+            async with trio.open_nursery() as nursery:
+                for wanted in missing:
+                    nursery.start_soon(fill, *wanted)
+            if failures:
+                raise failures[0]
+
+    async def _fill(self, pack: ServedPack, start: int, length: int) -> None:
+        await self._link.fill(pack.hex, start, length)
+        if not pack.ready(start, length):
+            raise StorageError(f"pack {pack.hex}: bytes {start}+{length} were brought, but are not there")
+        pack.whole = pack.complete
+
+    def _bring(self, device: int, start: int, length: int) -> None:
+        """Have a range brought before it is read; what reaches beyond the pack is looked for in the following one."""
+        pack = self._packs[device - 1]
+        pack.whole = pack.complete
+        if not pack.ready(start, length):
+            self._link.ahead(pack.hex, start, length)
+        beyond = start + length - pack.device_size
+        if beyond > 0 and device < len(self._packs):
+            following = self._packs[device]
+            following.streams.continued(beyond)
+            if not following.ready(0, beyond):
+                self._link.ahead(following.hex, 0, beyond)
+
+    async def _read(self, piece: Piece) -> Bytes:
+        device, start, length = piece
+        if device is None:
+            return bytes(length)
+        if device == 0:
+            return self._index[start : start + length]
+        pack = self._packs[device - 1]
+        if not pack.is_in_memory(start, length):
+            return await trio.to_thread.run_sync(_pread, pack.descriptor, length, start)
+        self._mapped.add(pack)
+        self._mapped_bytes += length
+        if self._mapped_bytes > _MAPPED:
+            for mapped in self._mapped:
+                mapped.unmap()
+            self._mapped.clear()
+            self._mapped_bytes = length
+        return pack.memory[start : start + length]
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    data = os.pread(descriptor, length, offset)
+    if len(data) != length:
+        raise OSError(errno.EIO, f"{len(data)} bytes at byte {offset}, {length} expected")
+    return data
