@@ -26,15 +26,13 @@ from erofsgen.erofs.node import Extent
 from erofsgen.errors import ErofsgenError, StorageError
 from erofsgen.host.daemon.lazypack import LazyPack
 from fusefallback.link import Link
+from fusefallback.tuning import Tuning
 
 _logger: Final = logging.getLogger(__name__)
 
 Bytes = bytes | bytearray | memoryview
 
 _PAGE: Final = mmap.PAGESIZE
-_MAPPED: Final = 64 << 20
-"""Bytes of data files that may count as this process's memory: mapped pages do, although the page cache has them
-anyway."""
 _libc: Final = ctypes.CDLL(None)
 
 
@@ -100,8 +98,9 @@ class ServedPack(LazyPack):
 class Content:
     """What ``index`` and ``packs`` hold, these in the order of device slots; ``link`` has brought what is missing."""
 
-    def __init__(self, link: Link, index: memoryview, packs: Sequence[ServedPack]) -> None:
+    def __init__(self, link: Link, index: memoryview, packs: Sequence[ServedPack], tuning: Tuning) -> None:
         self._link = link
+        self._tuning = tuning
         self._index = index
         self._packs = packs
         self._mapped: set[ServedPack] = set()
@@ -182,9 +181,11 @@ class Content:
         pack = self._packs[device - 1]
         if not pack.is_in_memory(start, length):
             return await trio.to_thread.run_sync(_pread, pack.descriptor, length, start)
+        if self._tuning.reply == "copied":
+            return _pread(pack.descriptor, length, start)
         self._mapped.add(pack)
         self._mapped_bytes += length
-        if self._mapped_bytes > _MAPPED:
+        if self._mapped_bytes > self._tuning.mapped:
             for mapped in self._mapped:
                 mapped.unmap()
             self._mapped.clear()

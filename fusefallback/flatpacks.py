@@ -56,10 +56,14 @@ def flat_file(flat: Flat, packs: Sequence[ServedPack]) -> FlatFile:
 
 
 class FlatPacks(pyfuse3.Operations):
-    """``files``, of bytes from ``content``, in one directory. Only their owner and root see them."""
+    """``files``, of bytes from ``content``, in one directory. Only their owner and root see them.
 
-    def __init__(self, content: Content, files: Sequence[FlatFile]) -> None:
+    ``direct``: the page cache is left to whoever reads them.
+    """
+
+    def __init__(self, content: Content, files: Sequence[FlatFile], *, direct: bool) -> None:
         super().__init__()
+        self._direct = direct
         self._content = content
         self._files = files
         self._inodes = {file.name: number for number, file in enumerate(files, _FIRST)}
@@ -88,7 +92,7 @@ class FlatPacks(pyfuse3.Operations):
 
     @answering
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:  # noqa: ARG002
-        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True, direct_io=self._direct)
 
     @answering
     async def read(self, fh: int, off: int, size: int) -> bytes:

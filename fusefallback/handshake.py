@@ -15,9 +15,10 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from erofsgen.errors import UnsupportedError
+from fusefallback.tuning import Tuning
 
 _IN_HEADER: Final = struct.Struct("=IIQQIIII")  # struct fuse_in_header
 _INIT_IN: Final = struct.Struct("=IIII")  # struct fuse_init_in: major, minor, max_readahead, flags
@@ -32,21 +33,11 @@ _PARALLEL_DIROPS: Final = 1 << 18
 _MAX_PAGES: Final = 1 << 22
 _CACHE_SYMLINKS: Final = 1 << 23
 _MOST_PAGES: Final = 0xFFFF
+_READ_AHEAD: Final = 1 << 30
+"""Bytes; no limit. The kernel begins with 128 KiB, and root may raise that in sysfs up to this."""
 
 
-class Limits(NamedTuple):
-    """What is asked of the kernel; it takes less where it allows no more.
-
-    ``max_read``: bytes of a read (``fs.fuse.max_pages_limit``, 1 MiB by default). ``background``: reads ahead of
-    somebody that may wait here. ``read_ahead``: bytes, 128 KiB at most unless root raises it in sysfs.
-    """
-
-    max_read: int = 4 << 20
-    background: int = 256
-    read_ahead: int = 32 << 20
-
-
-def shake_hands(device: int, limits: Limits, answer: Callable[[int], None]) -> int:
+def shake_hands(device: int, tuning: Tuning, answer: Callable[[int], None]) -> int:
     """Settle things with the kernel, whose mount uses ``device``. Returns libfuse's descriptor, the device's from now.
 
     ``answer``, called with that descriptor while it is a socket, must have libfuse read one request from it and reply.
@@ -65,22 +56,22 @@ def shake_hands(device: int, limits: Limits, answer: Callable[[int], None]) -> i
     length, error, replied = _OUT_HEADER.unpack_from(reply)
     if error or replied != unique or length < _OUT_HEADER.size + _INIT_OUT.size:
         raise UnsupportedError(f"libfuse and the kernel do not agree: {os.strerror(-error)}")
-    os.write(device, _improved(request, reply, limits))
+    os.write(device, _improved(request, reply, tuning))
     os.dup2(device, descriptor, inheritable=False)
     os.close(device)
     os.set_blocking(descriptor, False)
     return descriptor
 
 
-def _improved(request: bytes, reply: bytes, limits: Limits) -> bytes:
+def _improved(request: bytes, reply: bytes, tuning: Tuning) -> bytes:
     *_, offered = _INIT_IN.unpack_from(request, _IN_HEADER.size)
     major, minor, _, flags, _, _, max_write, granularity, _ = _INIT_OUT.unpack_from(reply, _OUT_HEADER.size)
     flags |= (_PARALLEL_DIROPS | _MAX_PAGES | _CACHE_SYMLINKS) & offered
-    pages = min(_MOST_PAGES, limits.max_read // os.sysconf("SC_PAGE_SIZE"))
-    background = limits.background
+    pages = min(_MOST_PAGES, tuning.max_read // os.sysconf("SC_PAGE_SIZE"))
+    background = tuning.background
     improved = bytearray(reply)
     _INIT_OUT.pack_into(
         improved, _OUT_HEADER.size,
-        major, minor, limits.read_ahead, flags, background, background, max_write, granularity, pages,
+        major, minor, _READ_AHEAD, flags, background, background, max_write, granularity, pages,
     )  # fmt: skip
     return bytes(improved)

@@ -26,15 +26,15 @@ from erofsgen.errors import ErofsgenError, StorageError
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from fusefallback.content import Content, ServedPack
 from fusefallback.flatpacks import FlatPacks, flat_file, pack_files
-from fusefallback.handshake import Limits
 from fusefallback.link import Link
 from fusefallback.session import Session
 from fusefallback.tree import Tree
+from fusefallback.tuning import Tuning
 
 _logger: Final = logging.getLogger(__name__)
 
 
-def _operations(plane: str, image: CachedImage, link: Link, *, flat: bool) -> pyfuse3.Operations:
+def _operations(plane: str, image: CachedImage, link: Link, tuning: Tuning, *, flat: bool) -> pyfuse3.Operations:
     packs = [ServedPack(path, link.read_ahead) for path in image.devices()]
     try:
         with image.index.open("rb") as file:
@@ -42,11 +42,12 @@ def _operations(plane: str, image: CachedImage, link: Link, *, flat: bool) -> py
     except OSError as error:
         raise StorageError(f"{image.index}: {error.strerror}", hint="run `erofsgen pull` again") from error
     if plane == "fuse":
-        return Tree(Index(index), Content(link, index, packs))
+        return Tree(Index(index), Content(link, index, packs, tuning))
     if not flat:
-        return FlatPacks(Content(link, index, packs), pack_files(packs))
+        return FlatPacks(Content(link, index, packs, tuning), pack_files(packs), direct=tuning.direct)
     whole = flatten(bytes(index))
-    return FlatPacks(Content(link, memoryview(whole.index), packs), [flat_file(whole, packs)])
+    content = Content(link, memoryview(whole.index), packs, tuning)
+    return FlatPacks(content, [flat_file(whole, packs)], direct=tuning.direct)
 
 
 async def _serve(session: Session, link: Link) -> None:
@@ -88,10 +89,12 @@ def main() -> None:
     os.set_inheritable(options.device, False)
     _raise_limit()
     try:
+        tuning = Tuning.from_environment()
         link = Link(options.root, options.mount)
         trio.run(link.connect)
         image = HostCache(options.root).image(options.image, "")
-        session = Session(_operations(options.plane, image, link, flat=options.flat), options.device, Limits())
+        operations = _operations(options.plane, image, link, tuning, flat=options.flat)
+        session = Session(operations, options.device, tuning)
     except ErofsgenError as error:
         sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
@@ -99,8 +102,9 @@ def main() -> None:
         sys.stderr.write(f"error: the kernel does not answer: {error.strerror}\n")
         sys.exit(StorageError.exit_code)
     _detach()
-    gc.collect()
-    gc.freeze()
+    if not tuning.collect:
+        gc.collect()
+        gc.freeze()
     _logger.info("server %d of %s: %s", os.getpid(), options.mount, options.plane)
     trio.run(_serve, session, link)
 

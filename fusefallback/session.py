@@ -9,7 +9,8 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from fusefallback.handshake import Limits, shake_hands
+from fusefallback.handshake import shake_hands
+from fusefallback.tuning import Tuning
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -24,9 +25,9 @@ class Session:
     :func:`.shake_hands` does.
     """
 
-    def __init__(self, operations: pyfuse3.Operations, device: int, limits: Limits) -> None:
+    def __init__(self, operations: pyfuse3.Operations, device: int, tuning: Tuning) -> None:
         self._operations = operations
-        shake_hands(device, limits, self._answer)
+        shake_hands(device, tuning, self._answer)
         vars(pyfuse3)["_session_loop"] = _again_and_again
 
     def _answer(self, descriptor: int) -> None:

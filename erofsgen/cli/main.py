@@ -34,6 +34,7 @@ VERBS: Final = (
     "mounts",
     "daemon",
     "fscached",
+    "fuse",
     "status",
     "run",
     "doctor",

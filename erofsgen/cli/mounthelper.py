@@ -4,6 +4,8 @@
 
     mount.erofsgen IMAGE DIR [-sfnv] [-o OPTION,…] [-t TYPE]
 
+``mount.fuse.erofsgen`` is the same for the type ``fuse.erofsgen``: the plane is fuse where none is named.
+
 mount(8) puts ``rw`` in front of the options unless it was told ``ro``: whether somebody wrote ``rw`` cannot be seen. So
 the helper does as it is told, and a mount is read-only where ``ro`` is written or no access is named at all.
 """
@@ -11,7 +13,6 @@ the helper does as it is told, and a mount is read-only where ``ro`` is written 
 from __future__ import annotations
 
 import getopt
-import os
 import re
 import signal
 import sys
@@ -22,7 +23,7 @@ from typing import Final, NoReturn
 
 from erofsgen.cli.output import one_line
 from erofsgen.cli.shared import Settings
-from erofsgen.errors import BusyError, ErofsgenError, UnsupportedError, UsageError
+from erofsgen.errors import ErofsgenError, UnsupportedError, UsageError
 from erofsgen.host import linux
 from erofsgen.host.daemon.planes import LAZY
 
@@ -32,6 +33,8 @@ INTERNAL: Final = 4
 INTERRUPTED: Final = 8
 FAILED: Final = 32
 """Exit codes of mount(8)."""
+
+FUSE: Final = "mount.fuse.erofsgen"
 
 _ATTRIBUTES: Final = {
     "nosuid": linux.MOUNT_ATTR_NOSUID,
@@ -68,13 +71,14 @@ def main() -> NoReturn:
     """Entry point of ``mount.erofsgen``."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
-    sys.exit(run(sys.argv[1:]))
+    plane = "fuse" if Path(sys.argv[0]).name == FUSE else "auto"
+    sys.exit(run(sys.argv[1:], plane))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns mount(8)'s exit code."""
+def run(arguments: Sequence[str], plane: str = "auto") -> int:
+    """Run one command line; returns mount(8)'s exit code. ``plane``: where none is named."""
     try:
-        request = parse(arguments)
+        request = parse(arguments, plane)
         if not request.fake:
             _mount(request)
     except UsageError as error:
@@ -92,8 +96,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """Understand a command line. Raises UsageError; unknown options are let through with ``-s``."""
+def parse(arguments: Sequence[str], plane: str = "auto") -> Request:
+    """Understand a command line, for ``plane`` unless it names one.
+
+    Raises UsageError; unknown options are let through with ``-s``.
+    """
     try:
         flags, names = getopt.gnu_getopt(list(arguments), "sfnvo:t:N:")
     except getopt.GetoptError as error:
@@ -103,7 +110,7 @@ def parse(arguments: Sequence[str]) -> Request:
     given = {flag for flag, _ in flags}
     if "-N" in given:
         raise UsageError("-N is not supported", hint="use nsenter(1)")
-    request = Request(names[0], Path(names[1]), Settings(), fake="-f" in given, verbose="-v" in given)
+    request = Request(names[0], Path(names[1]), Settings(), plane=plane, fake="-f" in given, verbose="-v" in given)
     access: str | None = None
     for flag, value in flags:
         if flag != "-o":
@@ -144,39 +151,22 @@ def split(options: str) -> Iterator[str]:
 
 
 def _mount(request: Request) -> None:
-    from erofsgen.host.mount.mounts import mount, unmount
+    from erofsgen.host.mount.mounts import mount
     from erofsgen.host.pull import find
 
     if request.plane not in ("auto", "eager", *LAZY):
         raise UnsupportedError(f"no plane {request.plane}", hint=f"use one of auto, {', '.join(LAZY)}, eager")
     image = find(request.settings.cache(), request.settings.store, request.image)
-    root = request.settings.root
-    info = mount(
+    mount(
         image,
         request.target,
-        root=root,
+        root=request.settings.root,
         plane=request.settings.plane(request.plane),
         rw=request.rw,
         upper=request.upper,
         allow_other=request.allow_other,
+        attributes=sum(_ATTRIBUTES[name] for name in request.attributes),
     )
-    if request.attributes:
-        try:
-            _restrict(info.target, info.mount_id, request.attributes)
-        except BaseException:
-            unmount(Path(info.target), root=root, force=True)
-            raise
-
-
-def _restrict(target: str, mount_id: int, attributes: set[str]) -> None:
-    """Give our mount on ``target`` attributes."""
-    top = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if linux.mount_id(top) != mount_id:
-            raise BusyError(f"{target}: something else was mounted there meanwhile")
-        linux.mount_setattr(top, sum(_ATTRIBUTES[name] for name in attributes))
-    finally:
-        os.close(top)
 
 
 def _say(error: BaseException, code: int) -> int:

@@ -66,6 +66,8 @@ def _kept(facts: dict[str, Any]) -> str:
 
     if "marked_packs" in facts:
         return output.counted(facts["marked_packs"], "marked pack")
+    if "servers" in facts:
+        return output.counted(facts["servers"], "server")
     return f"{output.counted(facts['open_objects'], 'open object')}, {facts['culled_objects']} culled"
 
 

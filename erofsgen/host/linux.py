@@ -274,12 +274,13 @@ def boot_id() -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since the boot; None where there is none. With its pid it names it."""
+    """When a process started, in clock ticks since the boot; None where none runs. With its pid it names it."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])  # proc(5): field 22; the name may hold anything
+            state, *fields = file.read().rpartition(b")")[2].split()  # proc(5): the name before may hold anything
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return None if state in (b"Z", b"X") else int(fields[18])
 
 
 def mount_id(descriptor: int) -> int:

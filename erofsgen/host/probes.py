@@ -317,13 +317,15 @@ def _whose_device(name: str, root: Path) -> Finding:
 
 def fuse(directory: Path) -> Finding:  # noqa: ARG001
     """FUSE, its helper and its Python binding."""
-    advice = "modprobe fuse; apt-get install fuse3; pip install 'erofsgen[fuse]'"
+    from erofsgen.host.mount.fuse import INSTALL
+
+    advice = f"modprobe fuse; {INSTALL}"
     absent = []
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError:
         absent.append("/dev/fuse")
-    if shutil.which("fusermount3") is None:
+    if os.geteuid() and shutil.which("fusermount3") is None:
         absent.append("fusermount3")
     try:
         importlib.import_module("pyfuse3")
@@ -331,7 +333,7 @@ def fuse(directory: Path) -> Finding:  # noqa: ARG001
         absent.append("pyfuse3")
     if absent:
         return Finding("FUSE", "missing", f"no {', '.join(absent)}", advice)
-    return Finding("FUSE", "ok", "/dev/fuse, fusermount3, pyfuse3")
+    return Finding("FUSE", "ok", f"/dev/fuse, pyfuse3{', fusermount3' if os.geteuid() else ''}")
 
 
 def page_sharing(directory: Path) -> Finding:  # noqa: ARG001

@@ -39,16 +39,17 @@ class Server(NamedTuple):
 class Served:
     """A FUSE mount of the image ``name``, answered by the server that ``serve`` starts for a descriptor.
 
+    ``options``: further flags of the mount.
     ``top`` is the mount: detached, or, for a plain user, on ``at``. It is closed at the end of the with block; a mount
     that is attached nowhere then goes, and the server with it. Raises what :func:`start_server` does.
     """
 
-    def __init__(self, name: str, serve: Callable[[int], Server], *, at: Path | None, allow_other: bool) -> None:
+    def __init__(self, name: str, serve: Callable[[int], Server], options: Sequence[str], *, at: Path | None) -> None:
         require()
-        device = open_device() if at is None else attach_as_user(at, name, allow_other=allow_other)
+        device = open_device() if at is None else attach_as_user(at, name, options)
         try:
             if at is None:
-                self.top = superblock.mount_fuse(device, name, ["allow_other"])
+                self.top = superblock.mount_fuse(device, name, options)
             try:
                 self.server = serve(device)
                 if at is not None:
@@ -103,14 +104,13 @@ def start_server(root: Path, plane: str, mount: str, digest: str, device: int, *
     return Server(pid, linux.process_start(pid) or 0)
 
 
-def attach_as_user(target: Path, name: str, *, allow_other: bool) -> int:
+def attach_as_user(target: Path, name: str, more: Sequence[str]) -> int:
     """Mount on ``target`` with fusermount3, which is set-user-ID root. Returns the ``/dev/fuse`` that the mount uses.
 
-    ``name``: of the image, for mount tables. Raises UnsupportedError (no fusermount3), StorageError (it refuses).
+    ``name``: of the image, for mount tables. ``more``: options. Raises UnsupportedError (no fusermount3), StorageError
+    (it refuses).
     """
-    options = ["ro", "nosuid", "nodev", "default_permissions", "subtype=erofsgen", f"fsname={_plain(name)}"]
-    if allow_other:
-        options.append("allow_other")
+    options = ["ro", "nosuid", "nodev", "default_permissions", "subtype=erofsgen", f"fsname={_plain(name)}", *more]
     ours, theirs = socket.socketpair()
     with ours, theirs:
         _helper(["-o", ",".join(options), "--", os.fspath(target)], theirs.fileno())

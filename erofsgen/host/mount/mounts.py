@@ -57,6 +57,7 @@ def mount(
     upper: Path | None = None,
     read_ahead: int | None = None,
     allow_other: bool = False,
+    attributes: int = 0,
     progress: Progress = SILENT,
     via: How | None = None,
 ) -> MountInfo:
@@ -66,8 +67,8 @@ def mount(
     none runs; the kernel then reads ``read_ahead`` KiB ahead, by default what is best for the plane.
     ``rw`` puts an overlay on top, whose changes are thrown away with the mount. ``upper``, made where it is missing,
     keeps them, and implies ``rw``. ``allow_other``: with the plane fuse, a mount of a plain user's is for everybody, as
-    root's always are. ``via`` is for tests: by default files back the mount where the kernel can do that, else a loop
-    device does.
+    root's always are. ``attributes``: ``MOUNT_ATTR_*`` beyond read-only. ``via`` is for tests: by default files back
+    the mount where the kernel can do that, else a loop device does.
 
     Raises NotFoundError and UsageError (``target`` or ``upper`` cannot be used as such), BusyError (a mount of ours is
     there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS or without the plane), and what
@@ -106,7 +107,9 @@ def mount(
         if plane in ("fuse", "blockfuse"):
             at = target if as_user else None
             serve = partial(start_server, states.root, plane, identity, cached.digest, flat=via == "loop")
-            served = held.enter_context(Served(cached.name, serve, at=at, allow_other=allow_other))
+            options = ["allow_other"] if allow_other or not as_user else []
+            options += ["noexec"] if as_user and attributes & linux.MOUNT_ATTR_NOEXEC else []
+            served = held.enter_context(Served(cached.name, serve, options, at=at))
             served.read_ahead(read_ahead or FUSE_READ_AHEAD)
             if as_user:
                 undo.callback(_take_away, str(target))
@@ -160,6 +163,7 @@ def mount(
         states.write(info)
         if not as_user:
             with storage(target):
+                linux.mount_setattr(top, attributes)
                 place = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 held.callback(os.close, place)
                 linux.move_mount(top, place)
