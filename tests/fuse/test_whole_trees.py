@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import sampletree
 from fusekit import Seen, Site, same_links, told_by_index, tree_of
 from handmade import ImageMaker, chunks_of
 
-from erofsgen.erofs.reader import Index
-from erofsgen.erofs.tree import walk
 from erofsgen.host.mount.mounts import mount, unmount
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
@@ -38,7 +34,7 @@ def add_everything(maker: ImageMaker) -> tuple[Image, sampletree.Disks]:
 
 
 @pytest.fixture(scope="module")
-def everything(require_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Everything]:
+def everything(require_root: None, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     place = tmp_path_factory.mktemp("everything")
     image, disks = add_everything(ImageMaker(DirectoryStore(place / "store")))
     target = place / "mnt"
@@ -53,7 +49,7 @@ def everything(require_root: None, tmp_path_factory: pytest.TempPathFactory) -> 
         seen = tree_of(target)
     finally:
         unmount(target, root=place / "root", force=True)
-    yield Everything(image, told_by_index(index, read), {path: node.nid for path, node in index.walk()}, seen)
+    return Everything(image, told_by_index(index, read), {path: node.nid for path, node in index.walk()}, seen)
 
 
 def differences(ours: dict[bytes, Seen], theirs: dict[bytes, Seen]) -> list[str]:
