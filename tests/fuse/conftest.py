@@ -53,3 +53,9 @@ def site(variant: Variant, make_site: Callable[..., Site]) -> Site:
 def wide(site: Site) -> Sample:
     """An image of 61 frames of 256 KiB, in three packs, in the site's store."""
     return make_wide(site.maker)
+
+
+@pytest.fixture
+def wide_of() -> Callable[[Site], Sample]:
+    """The same for a site of the test's choice."""
+    return lambda site: make_wide(site.maker)
