@@ -18,8 +18,8 @@ KERNEL = os.environ.get("EROFSGEN_VM_KERNEL", "")
 EXT4 = Path(os.environ.get("EROFSGEN_VM_EXT4", "/nonexistent"))
 XFS = Path(os.environ.get("EROFSGEN_VM_XFS", "/nonexistent"))
 EXPECTED = {
-    "6.1-ondemand": ("fscache", "eager"),
-    "6.12-ondemand": ("fscache", "eager"),
+    "6.1-ondemand": ("fscache", "blockfuse", "fuse", "eager"),
+    "6.12-ondemand": ("fscache", "blockfuse", "fuse", "eager"),
     "6.1": ("blockfuse", "fuse", "eager"),
     "6.12": ("blockfuse", "fuse", "eager"),
     "6.x": ("fanotify", "blockfuse", "fuse", "eager"),
