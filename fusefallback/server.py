@@ -1,112 +1,138 @@
-"""The process that answers for one mount: ``python -m fusefallback.server``; :mod:`erofsgen.host.mount.fuse` starts it.
+"""The process that servers are forked from: ``python -m fusefallback.server --root=ROOT``.
 
-It ends when the mount is gone. When it dies before, nobody can take its place: readers get ENOTCONN.
+::
+
+    mount ── version, order, /dev/fuse ──► ROOT/servers.sock ── fork ──► server of the mount
+          ◄── {"pid": …} or {"error": …} ──────────────────────────────────┘
+
+A fork takes milliseconds, and most of its memory is its siblings' as well; to start Python with all that is needed here
+takes a good part of a second. :mod:`erofsgen.host.mount.fuse` starts this where it is not running; it ends when nothing
+was wanted for a while, and servers live on: each until its mount is gone. When one dies before, nobody can take its
+place: readers get ENOTCONN, or EIO through EROFS.
+
+``ROOT/lock.servers`` is held by the one that listens.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
+import json
 import logging
-import mmap
 import os
 import resource
 import signal
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NoReturn
 
-import pyfuse3
-import trio
+import msgspec
 
-from erofsgen.erofs.flatten import flatten
-from erofsgen.erofs.reader import Index
-from erofsgen.errors import ErofsgenError, StorageError
-from erofsgen.host.cache.cache import CachedImage, HostCache
-from fusefallback.content import Content, ServedPack
-from fusefallback.flatpacks import FlatPacks, flat_file, pack_files
-from fusefallback.link import Link
-from fusefallback.session import Session
-from fusefallback.tree import Tree
-from fusefallback.tuning import Tuning
+from erofsgen import __version__
+from erofsgen.errors import BusyError, ErofsgenError
+from erofsgen.host.daemon.control import listen
+from erofsgen.host.mount.fuse import SERVERS
+from fusefallback.serving import Order, serve
 
 _logger: Final = logging.getLogger(__name__)
 
+_IDLE: Final = 60.0
+"""Seconds without an order after which this ends."""
+_PATIENCE: Final = 10.0
+"""Seconds that somebody who has connected has for the order."""
+_LIMIT: Final = 1 << 16
 
-def _operations(plane: str, image: CachedImage, link: Link, tuning: Tuning, *, flat: bool) -> pyfuse3.Operations:
-    packs = [ServedPack(path, link.read_ahead) for path in image.devices()]
+
+def _take_order(connection: socket.socket) -> bool:
+    """Read an order and fork a server for it. False: it is for another version of this program."""
+    connection.settimeout(_PATIENCE)
+    data, descriptors, _, _ = socket.recv_fds(connection, _LIMIT, 1)
+    if not descriptors:
+        return True
+    (device,) = descriptors
     try:
-        with image.index.open("rb") as file:
-            index = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise StorageError(f"{image.index}: {error.strerror}", hint="run `erofsgen pull` again") from error
-    if plane == "fuse":
-        return Tree(Index(index), Content(link, index, packs, tuning))
-    if not flat:
-        return FlatPacks(Content(link, index, packs, tuning), pack_files(packs), direct=tuning.direct)
-    whole = flatten(bytes(index))
-    content = Content(link, memoryview(whole.index), packs, tuning)
-    return FlatPacks(content, [flat_file(whole, packs)], direct=tuning.direct)
+        message = json.loads(data)
+        if message["version"] != __version__:
+            return False
+        order = msgspec.convert(message["order"], Order)
+        if os.fork() == 0:
+            _become_server(connection, order, device)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        _logger.error("not an order: %s", error)
+    finally:
+        os.close(device)
+    return True
 
 
-async def _serve(session: Session, link: Link) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(link.run)
-        await session.run()
-        nursery.cancel_scope.cancel()
+def _become_server(connection: socket.socket, order: Order, device: int) -> NoReturn:
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.set_inheritable(device, False)
+
+        def ready() -> None:
+            _say(connection, {"pid": os.getpid()})
+
+        serve(order, device, ready)
+        code = 0
+    except ErofsgenError as error:
+        _say(connection, {"error": str(error), "kind": type(error).__name__, "hint": error.hint})
+    except BaseException:
+        _logger.exception("server %d of %s", os.getpid(), order.mount)
+    os._exit(code)
 
 
-def _detach() -> None:
-    """Go on as a process of nobody's; whoever waits is told its number."""
-    pid = os.fork()
-    if pid:
-        os.write(1, b"%d\n" % pid)
-        os._exit(0)
-    os.setsid()
-    os.dup2(2, 1)
+def _say(connection: socket.socket, message: dict[str, Any]) -> None:
+    with suppress(OSError):  # whoever wanted it has gone
+        connection.send(json.dumps(message).encode())
+    connection.close()
 
 
-def _raise_limit() -> None:
-    """Two files for every pack."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _listen(root: Path) -> socket.socket:
+    """Raises BusyError where another listens, StorageError."""
+    lock = os.open(root / "lock.servers", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"{root}: servers are started by another process") from None
+    return listen(root, SERVERS, socket.SOCK_SEQPACKET)
 
 
 def main() -> None:
-    """Serve, in the background once everything is ready."""
+    """Listen, in the background once that is ready."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--plane", choices=["fuse", "blockfuse"], required=True)
-    parser.add_argument("--mount", required=True, help="the mount's id")
-    parser.add_argument("--image", required=True, help="digest of its manifest")
-    parser.add_argument("--flat", action="store_true")
-    parser.add_argument("device", type=int, help="descriptor of /dev/fuse that the mount uses")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.set_inheritable(options.device, False)
-    _raise_limit()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two files for every pack
     try:
-        tuning = Tuning.from_environment()
-        link = Link(options.root, options.mount)
-        trio.run(link.connect)
-        image = HostCache(options.root).image(options.image, "")
-        operations = _operations(options.plane, image, link, tuning, flat=options.flat)
-        session = Session(operations, options.device, tuning)
+        listening = _listen(options.root)
     except ErofsgenError as error:
         sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
-    except OSError as error:
-        sys.stderr.write(f"error: the kernel does not answer: {error.strerror}\n")
-        sys.exit(StorageError.exit_code)
-    _detach()
-    if not tuning.collect:
-        gc.collect()
-        gc.freeze()
-    _logger.info("server %d of %s: %s", os.getpid(), options.mount, options.plane)
-    trio.run(_serve, session, link)
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # servers that end leave nothing to wait for
+    gc.collect()
+    gc.freeze()
+    listening.settimeout(_IDLE)
+    with suppress(TimeoutError):
+        while True:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                if not _take_order(connection):
+                    break
+    # whoever connects from now on is refused, and starts another
+    with suppress(OSError):
+        (options.root / SERVERS).unlink()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ for kernels that like others better.
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final, NamedTuple
 
 from erofsgen.errors import UsageError
@@ -45,11 +44,6 @@ class Tuning(NamedTuple):
                 known = ", ".join(cls._fields)
                 raise UsageError(f"{VARIABLE}: {setting!r} is no setting", hint=f"there are {known}") from None
         return tuning
-
-    @classmethod
-    def from_environment(cls) -> Tuning:
-        """The settings that hold for this process. Raises UsageError."""
-        return cls.of(os.environ.get(VARIABLE, ""))
 
 
 def _parsed(value: str, default: object) -> Any:  # noqa: ANN401  (of the default's type)

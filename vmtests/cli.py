@@ -53,17 +53,19 @@ def command(
             click.echo(f"{entry.name:<14} {entry.what}{'  (quick set)' if entry.name in QUICK else ''}")
         return 0
     _prepare(expression)
-    kernels = [provide(name, _say, update=update) for name in (CATALOGUE if everything else names or QUICK)]
+    wanted = dict.fromkeys(CATALOGUE if everything else names, expression) or _quick(expression)
+    kernels = [provide(name, _say, update=update) for name in wanted]
     kvm = kvm_works(kernels[0]) if accel == "auto" else accel == "kvm"
     failures = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            runs = {pool.submit(_run, kernel, expression, kvm, deadline): kernel for kernel in kernels}
+            runs = {pool.submit(_run, kernel, wanted[kernel.name], kvm, deadline): kernel for kernel in kernels}
             for ended in as_completed(runs):
                 kernel, outcome = runs[ended], ended.result()
                 _print(kernel.name, outcome)
+                part = bool(wanted[kernel.name])
                 if not no_docs and (amend or not expression):
-                    _record(kernel, outcome, "KVM" if kvm else "TCG", amend=amend)
+                    _record(kernel, outcome, "KVM" if kvm else "TCG", amend=amend or part)
                 if report:
                     _copy(kernel.name, report)
                 if not outcome.passed:
@@ -75,6 +77,13 @@ def command(
     if failures:
         click.echo(f"failed on {', '.join(failures)}")
     return 1 if failures else 0
+
+
+def _quick(expression: str) -> dict[str, str]:
+    """The quick set's kernels, and what to run on each."""
+    if not expression:
+        return dict(QUICK)
+    return {name: f"({expression}) and {part}" if part else expression for name, part in QUICK.items()}
 
 
 def _prepare(expression: str) -> None:

@@ -11,10 +11,11 @@ from handmade import ImageMaker, erofs_mounts_below
 from lazykit import Host, eventually, processes
 
 from erofsgen.host import linux
+from erofsgen.host.daemon.planes import LAZY
 from erofsgen.host.mount.mounts import unmount
 from erofsgen.store.directory import DirectoryStore
 
-PLANES = ("fanotify", "fscache", "eager")
+PLANES = (*LAZY, "eager")
 
 
 class Site:
@@ -62,7 +63,7 @@ class Site:
     def idle(self):
         """Whether the kernel has let everything go."""
         status = self.host.status()
-        return not status.get("open_objects", 0) and not status.get("marked_packs", 0)
+        return not any(status.get(fact, 0) for fact in ("open_objects", "marked_packs", "servers"))
 
     def end(self):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -11,15 +12,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from erofsgen.errors import StorageError, UnsupportedError
+from erofsgen import __version__
+from erofsgen.errors import BusyError, StorageError, UnsupportedError
 from erofsgen.host import linux
-from erofsgen.host.daemon.background import in_background
+from erofsgen.host.daemon.background import LOG, in_background
+from erofsgen.host.daemon.control import address_of, error_of
 from erofsgen.host.daemon.mounted import take_away
 from erofsgen.host.mount import superblock
 
 _DEVICE: Final = "/dev/fuse"
 FLAT: Final = "flat"
 """The file of an image in one piece, see :mod:`fusefallback.flatpacks`."""
+SERVERS: Final = "servers.sock"
+"""Where :mod:`fusefallback.server` takes orders, below the root."""
+_TUNING: Final = "EROFSGEN_FUSE"
+_ATTEMPTS: Final = 3
+_START: Final = 60.0
+"""Seconds that a server has to start in."""
 _HELPER: Final = "fusermount3"
 INSTALL: Final = "apt-get install fuse3 libfuse3-dev pkg-config gcc python3-dev; pip install 'erofsgen[fuse]'"
 
@@ -98,10 +107,40 @@ def start_server(root: Path, plane: str, mount: str, digest: str, device: int, *
 
     Raises what kept it from starting.
     """
-    arguments = [f"--root={root}", f"--plane={plane}", f"--mount={mount}", f"--image={digest}"]
-    arguments += [*(["--flat"] if flat else []), str(device)]
-    pid = int(in_background(root, "fusefallback.server", *arguments, pass_fds=[device]))
-    return Server(pid, linux.process_start(pid) or 0)
+    tuning = os.environ.get(_TUNING, "")
+    order = {"root": str(root), "plane": plane, "mount": mount, "image": digest, "flat": flat, "tuning": tuning}
+    data = json.dumps({"version": __version__, "order": order}).encode()
+    for _ in range(_ATTEMPTS):
+        with _connect(root) as connection:
+            reply = b""
+            try:
+                socket.send_fds(connection, [data], [device])
+                reply = connection.recv(1 << 16)
+            except ConnectionError:
+                pass
+            except TimeoutError:
+                break
+        if reply:
+            answer = json.loads(reply)
+            if "pid" not in answer:
+                raise error_of(answer)
+            return Server(answer["pid"], linux.process_start(answer["pid"]) or 0)
+        # it was about to end, is of another version, or its server died: another one
+    raise StorageError("the FUSE server does not start", hint=f"see {root / LOG}")
+
+
+def _connect(root: Path) -> socket.socket:
+    """A connection to what starts servers, which is started itself where it is not there."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    connection.settimeout(_START)
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError, ConnectionRefusedError), address_of(root, SERVERS) as address:
+            connection.connect(address)
+            return connection
+        with suppress(BusyError):  # another command has started it in the same moment
+            in_background(root, "fusefallback.server", f"--root={root}")
+    connection.close()
+    raise StorageError("the FUSE server does not start", hint=f"see {root / LOG}")
 
 
 def attach_as_user(target: Path, name: str, more: Sequence[str]) -> int:
