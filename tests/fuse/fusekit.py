@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,11 +72,17 @@ class Site:
         unmount(target, root=self.host.root, force=force)
 
     def daemon(self) -> list[int]:
-        """The daemon's processes; those of mounts' servers are not among them."""
-        return [pid for pid in processes(self.host.root) if not is_server(pid)]
+        """The daemon's processes."""
+        return [pid for pid in processes(self.host.root) if not _is_fuse(pid)]
 
     def servers(self) -> list[int]:
-        return [pid for pid in processes(self.host.root) if is_server(pid)]
+        """The processes that answer for mounts."""
+        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and pid not in self.starters()]
+
+    def starters(self) -> list[int]:
+        """What servers are forked from; it has their lock open."""
+        lock = os.fspath(self.host.root / "lock.servers")
+        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and lock in _open_files(pid)]
 
     def drop(self, image: Any) -> None:
         """Let the cache lose all frames of an image that is not mounted."""
@@ -93,11 +100,20 @@ class Site:
             eventually(lambda: processes(self.host.root) == [])
 
 
-def is_server(pid: int) -> bool:
+def _is_fuse(pid: int) -> bool:
     try:
         return b"fusefallback.server" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
+
+
+def _open_files(pid: int) -> list[str]:
+    found = []
+    with suppress(OSError):
+        for link in os.scandir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                found.append(os.readlink(link.path))
+    return found
 
 
 def outcome(call: Callable[[], Any]) -> Any:

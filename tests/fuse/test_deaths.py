@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from fusekit import VARIANTS, Site
 from handmade import CHUNK, Sample, erofs_mounts_below, make_wide, read_tree
-from lazykit import Reader, eventually
+from lazykit import Host, Reader, eventually
 
+from erofsgen.host.doctor import plane_works
 from erofsgen.host.mount.mounts import mounts
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("require_root")]
@@ -56,15 +57,19 @@ def test_a_killed_server(site: Site, wide: Sample) -> None:
 
 def test_a_dead_mount_in_use_can_be_detached(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
-    with (target / "one").open("rb", buffering=0) as kept:
+    kept = os.open(target / "one", os.O_RDONLY)
+    try:
         assert site.info.server is not None
         os.kill(site.info.server[0], signal.SIGKILL)
         eventually(lambda: site.servers() == [])
         site.unmount(target, force=True)
         assert erofs_mounts_below(site.place) == []
         with pytest.raises(OSError) as caught:
-            os.pread(kept.fileno(), 4096, 60 * CHUNK)
+            os.pread(kept, 4096, 60 * CHUNK)
         assert caught.value.errno in LOST[site.variant.plane]
+    finally:
+        with suppress(OSError):  # the kernel tells the server, which is dead
+            os.close(kept)
 
 
 class Load:
@@ -194,3 +199,44 @@ def test_a_stopped_daemon_takes_its_mounts_away(site: Site, wide: Sample) -> Non
         assert caught.value.errno == errno.EIO
     eventually(lambda: site.servers() == [])
     assert mounts(site.host.root) == []
+
+
+def test_what_starts_servers_is_killed(make_site: Callable[..., Site], wide_of: Callable[[Site], Sample]) -> None:
+    """Mounts go on without it, and the next one starts another."""
+    site = make_site(VARIANTS["fuse"])
+    wide = wide_of(site)
+    first = site.mount(wide.image, "first")
+    (starter,) = site.starters()
+    os.kill(starter, signal.SIGKILL)
+    assert read_tree(first) == wide.files
+    started = time.monotonic()
+    second = site.mount(wide.image, "second")
+    assert time.monotonic() - started < 15
+    assert read_tree(second) == wide.files
+    assert len(site.servers()) == 2
+    assert site.starters() not in ([], [starter])
+
+
+def test_what_erofs_has_open_is_still_cut_off(
+    make_site: Callable[..., Site], wide_of: Callable[[Site], Sample]
+) -> None:
+    """A mount of another plane whose daemon was killed would read holes in the files that a server fills."""
+    site = make_site(VARIANTS["fuse"])
+    wide = wide_of(site)
+    if not plane_works(site.place, "fanotify").ok:
+        pytest.skip("no fanotify plane here")
+    before = Host(site.host.root, "fanotify", read_ahead=0)
+    before.start("--worker=--complete-at", "--worker=2")
+    before.mount(wide.image, site.place / "before")
+    with (site.place / "before" / "one").open("rb", buffering=0) as kept:
+        assert kept.read(CHUNK) == wide.files["one"][:CHUNK]  # type: ignore[index]
+        status = before.status()
+        os.kill(status["pid"], signal.SIGSTOP)
+        for name in ("standby", "pid", "worker"):
+            os.kill(status[name], signal.SIGKILL)
+        eventually(lambda: site.daemon() == [])
+        target = site.mount(wide.image)
+        assert read_tree(target) == wide.files
+        with pytest.raises(OSError) as caught:
+            os.pread(kept.fileno(), 4096, 60 * CHUNK)
+        assert caught.value.errno == errno.EIO

@@ -144,7 +144,7 @@ def test_nothing_is_left_of_a_mount(site: Site, wide: Sample) -> None:
         eventually(lambda: site.servers() == [])
     assert erofs_mounts_below(site.place) == []
     assert loops_over(site.place) == []
-    assert site.host.status()["servers"] == 0
+    eventually(lambda: site.host.status()["servers"] == 0)
     assert "Traceback" not in site.host.log()
 
 
