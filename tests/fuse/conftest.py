@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def variant(request: pytest.FixtureRequest) -> Variant:
 
 @pytest.fixture(scope="session")
 def shared(variant: Variant, require_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A site for tests that only read: its daemon goes on."""
+    """A site whose daemon goes on, with what its servers are forked from."""
     site = Site(tmp_path_factory.mktemp("shared"), variant)
     yield site
     site.end()
@@ -45,17 +46,24 @@ def make_site(tmp_path: Path, require_root: None) -> Iterator[Callable[..., Site
 
 
 @pytest.fixture
-def site(variant: Variant, make_site: Callable[..., Site]) -> Site:
+def site(shared: Site) -> Iterator[Site]:
+    """The shared site for tests that kill no more than comes again by itself; all is unmounted afterwards."""
+    yield shared
+    shared.clean()
+
+
+@pytest.fixture
+def own_site(variant: Variant, make_site: Callable[..., Site]) -> Site:
+    """For tests after which nothing works any more."""
     return make_site(variant)
 
 
 @pytest.fixture
-def wide(site: Site) -> Sample:
-    """An image of 61 frames of 256 KiB, in three packs, in the site's store."""
-    return make_wide(site.maker)
+def wide_called(shared: Site) -> Callable[[str], Sample]:
+    """Makes an image of 61 frames of 256 KiB, in three packs like no other image's, in the shared site's store."""
+    return lambda name: make_wide(shared.maker, name, seed=zlib.crc32(name.encode()))
 
 
 @pytest.fixture
-def wide_of() -> Callable[[Site], Sample]:
-    """The same for a site of the test's choice."""
-    return lambda site: make_wide(site.maker)
+def wide(wide_called: Callable[[str], Sample], request: pytest.FixtureRequest) -> Sample:
+    return wide_called(request.node.originalname)

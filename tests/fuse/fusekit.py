@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from handmade import ImageMaker, erofs_mounts_below
 from lazykit import Host, eventually, processes
 
 from erofsgen.erofs.reader import Index
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import HostCache
-from erofsgen.host.mount.mounts import unmount
+from erofsgen.host.mount.mounts import mounts, unmount
 from erofsgen.host.mount.state import How, MountInfo, Plane
 from erofsgen.store.directory import DirectoryStore
 
@@ -36,6 +37,8 @@ VARIANTS = {
     "blockfuse": Variant("blockfuse", None),
     "loop": Variant("blockfuse", "loop"),
 }
+
+ONLY_FUSE = pytest.mark.parametrize("variant", ["fuse"], indirect=True, scope="session")
 
 
 class Site:
@@ -84,12 +87,11 @@ class Site:
         lock = os.fspath(self.host.root / "lock.servers")
         return [pid for pid in processes(self.host.root) if _is_fuse(pid) and lock in _open_files(pid)]
 
-    def drop(self, image: Any) -> None:
-        """Let the cache lose all frames of an image that is not mounted."""
-        for pack in image.packs:
-            files = self.cache.files(pack.hex)
-            for path in (files.data, files.map):
-                path.unlink(missing_ok=True)
+    def clean(self) -> None:
+        """Unmount everything; the servers end."""
+        for info in mounts(self.host.root):
+            unmount(Path(info.target), root=self.host.root, force=True)
+        eventually(lambda: self.servers() == [])
 
     def end(self) -> None:
         try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from fusekit import VARIANTS, Site
+from fusekit import ONLY_FUSE, Site
 from handmade import CHUNK, Sample, erofs_mounts_below, make_wide, read_tree
 from lazykit import Host, Reader, eventually
 
@@ -117,25 +117,19 @@ def load(target: Path, sample: Sample) -> Iterator[None]:
         readers.end()
 
 
-@pytest.mark.parametrize("victims", [["worker"], ["pid"], ["pid", "worker"], ["standby"]], ids="+".join)
-def test_a_daemon_killed_under_load(make_site: Callable[..., Site], victims: list[str]) -> None:
-    """Both planes at a time would need two roots: the servers' side of it is the same, so each takes a turn."""
-    names = {"worker": "fuse", "pid": "loop", "pid+worker": "fuse", "standby": "blockfuse"}
-    site = make_site(VARIANTS[names["+".join(victims)]], deadline=60)
-    wide = make_wide(site.maker)
+def test_a_daemon_killed_under_load(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
+    denied = site.host.status()["denied"]
     with load(target, wide):
-        for _ in range(3):
+        for victims in (["worker"], ["pid"], ["standby"], ["pid", "worker"]):
+            eventually(lambda: site.host.status()["standby"] != 0)
             before = site.host.status()
             site.host.kill(*victims)
             for name in victims:
                 eventually(lambda name=name, before=before: site.host.status()[name] not in (0, before[name]))
-            eventually(lambda: site.host.status()["standby"] != 0)
             time.sleep(0.1)
     assert read_tree(target) == wide.files
-    assert site.host.status()["denied"] == 0
-    site.unmount(target)
-    assert "Traceback" not in site.host.log()
+    assert site.host.status()["denied"] == (0 if site.host.status()["pid"] != before["pid"] else denied)
 
 
 def test_a_waiting_reader_outlives_a_supervisor(site: Site, wide: Sample) -> None:
@@ -156,8 +150,9 @@ def test_a_waiting_reader_outlives_a_supervisor(site: Site, wide: Sample) -> Non
     assert site.host.status()["denied"] == 0
 
 
-def test_all_of_the_daemon_killed(site: Site, wide: Sample) -> None:
+def test_all_of_the_daemon_killed(own_site: Site) -> None:
     """What is missing is an error soon, what is there is not, and a new daemon serves the mount as it is."""
+    site, wide = own_site, make_wide(own_site.maker)
     target = site.mount(wide.image, read_ahead=128)
     two = wide.files["two"]
     assert isinstance(two, bytes)
@@ -184,7 +179,8 @@ def test_all_of_the_daemon_killed(site: Site, wide: Sample) -> None:
     eventually(lambda: site.servers() == [])
 
 
-def test_a_stopped_daemon_takes_its_mounts_away(site: Site, wide: Sample) -> None:
+def test_a_stopped_daemon_takes_its_mounts_away(own_site: Site) -> None:
+    site, wide = own_site, make_wide(own_site.maker)
     target = site.mount(wide.image, read_ahead=128)
     with (target / "one").open("rb", buffering=0) as kept:
         os.kill(site.host.status()["worker"], signal.SIGSTOP)
@@ -201,10 +197,9 @@ def test_a_stopped_daemon_takes_its_mounts_away(site: Site, wide: Sample) -> Non
     assert mounts(site.host.root) == []
 
 
-def test_what_starts_servers_is_killed(make_site: Callable[..., Site], wide_of: Callable[[Site], Sample]) -> None:
+@ONLY_FUSE
+def test_what_starts_servers_is_killed(site: Site, wide: Sample) -> None:
     """Mounts go on without it, and the next one starts another."""
-    site = make_site(VARIANTS["fuse"])
-    wide = wide_of(site)
     first = site.mount(wide.image, "first")
     (starter,) = site.starters()
     os.kill(starter, signal.SIGKILL)
@@ -217,12 +212,10 @@ def test_what_starts_servers_is_killed(make_site: Callable[..., Site], wide_of: 
     assert site.starters() not in ([], [starter])
 
 
-def test_what_erofs_has_open_is_still_cut_off(
-    make_site: Callable[..., Site], wide_of: Callable[[Site], Sample]
-) -> None:
+@ONLY_FUSE
+def test_what_erofs_has_open_is_still_cut_off(own_site: Site) -> None:
     """A mount of another plane whose daemon was killed would read holes in the files that a server fills."""
-    site = make_site(VARIANTS["fuse"])
-    wide = wide_of(site)
+    site, wide = own_site, make_wide(own_site.maker)
     if not plane_works(site.place, "fanotify").ok:
         pytest.skip("no fanotify plane here")
     before = Host(site.host.root, "fanotify", read_ahead=0)
