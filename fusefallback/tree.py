@@ -7,6 +7,7 @@ change.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import stat
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import pyfuse3
 
 from erofsgen.erofs.node import Entry, Extent, Node
 from erofsgen.erofs.reader import Index
+from erofsgen.errors import FormatError
 from fusefallback.answers import FOREVER, answering
 from fusefallback.content import Content, pieces_of
 
@@ -57,7 +59,10 @@ class Tree(pyfuse3.Operations):
 
     @answering
     async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:  # noqa: ARG002
-        directory = self._node(parent)
+        try:
+            directory = self._node(parent)
+        except FormatError:  # a file handle of NFS or open_by_handle_at(2), made for another image
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
         if name == b".":
             return self._attributes(directory)
         if name == b"..":
