@@ -59,6 +59,7 @@ class Plane:
 
     name = "fanotify"
     journalled = True
+    serves = False
     survives = True
 
     def __init__(self, group: int | None = None, *, root: Path, read_ahead: int = 32 << 20) -> None:  # noqa: ARG002

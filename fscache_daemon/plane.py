@@ -60,6 +60,7 @@ class Plane:
 
     name = "fscache"
     journalled = False
+    serves = False
 
     def __init__(
         self,

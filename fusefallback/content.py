@@ -73,6 +73,7 @@ class ServedPack(LazyPack):
         super().__init__(data.stem, data.with_suffix(".toc"), data.with_suffix(".map"), read_ahead)
         try:
             fcntl.flock(self.presence.fileno(), fcntl.LOCK_SH)  # so that nothing of it is evicted
+            self.presence.obey()  # so that it is not cut off
             self.descriptor = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
             self._map = mmap.mmap(self.descriptor, self.device_size, mmap.MAP_SHARED, mmap.PROT_READ)
         except (OSError, ValueError) as error:  # ValueError: the file is too short

@@ -50,6 +50,7 @@ class Plane:
 
     name = "fuse"
     journalled = False
+    serves = True
     survives = True
 
     def __init__(self, listening: int | None = None, *, root: Path, read_ahead: int = 32 << 20) -> None:

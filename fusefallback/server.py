@@ -25,6 +25,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -46,8 +47,8 @@ _PATIENCE: Final = 10.0
 _LIMIT: Final = 1 << 16
 
 
-def _take_order(connection: socket.socket) -> bool:
-    """Read an order and fork a server for it. False: it is for another version of this program."""
+def _take_order(connection: socket.socket, own: Sequence[int]) -> bool:
+    """Read an order and fork a server for it, without the descriptors ``own``. False: it is for another version."""
     connection.settimeout(_PATIENCE)
     data, descriptors, _, _ = socket.recv_fds(connection, _LIMIT, 1)
     if not descriptors:
@@ -59,6 +60,8 @@ def _take_order(connection: socket.socket) -> bool:
             return False
         order = msgspec.convert(message["order"], Order)
         if os.fork() == 0:
+            for descriptor in own:  # or nobody could take this process's place while the server lives
+                os.close(descriptor)
             _become_server(connection, order, device)
     except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         _logger.error("not an order: %s", error)
@@ -92,14 +95,14 @@ def _say(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.close()
 
 
-def _listen(root: Path) -> socket.socket:
-    """Raises BusyError where another listens, StorageError."""
+def _listen(root: Path) -> tuple[socket.socket, int]:
+    """The socket, and the lock's descriptor. Raises BusyError where another listens, StorageError."""
     lock = os.open(root / "lock.servers", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BusyError(f"{root}: servers are started by another process") from None
-    return listen(root, SERVERS, socket.SOCK_SEQPACKET)
+    return listen(root, SERVERS, socket.SOCK_SEQPACKET), lock
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two files for every pack
     try:
-        listening = _listen(options.root)
+        listening, lock = _listen(options.root)
     except ErofsgenError as error:
         sys.stderr.write(f"error: {error}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
@@ -128,7 +131,7 @@ def main() -> None:
         while True:
             connection, _ = listening.accept()
             with connection, suppress(OSError):
-                if not _take_order(connection):
+                if not _take_order(connection, [listening.fileno(), lock]):
                     break
     # whoever connects from now on is refused, and starts another
     with suppress(OSError):

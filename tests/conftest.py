@@ -13,6 +13,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import imagemaker
+from handmade import ImageMaker
+
+from erofsgen.host import linux
+from erofsgen.store.directory import DirectoryStore
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +47,19 @@ def require_root() -> None:
 def store_dir(tmp_path: Path) -> Path:
     """Where a test's own store goes; it does not exist yet."""
     return tmp_path / "store"
+
+
+@pytest.fixture
+def maker(store_dir: Path) -> ImageMaker:
+    return ImageMaker(DirectoryStore(store_dir))
+
+
+@pytest.fixture
+def root(tmp_path: Path, require_root: None) -> Iterator[Path]:
+    """A root for the host cache. Whatever is still mounted below the test's directory afterwards is unmounted."""
+    yield tmp_path / "root"
+    while left := [point for point in linux.mount_points() if point.target.startswith(f"{tmp_path}/")]:
+        linux.umount(left[-1].target, linux.MNT_DETACH)
 
 
 @pytest.fixture

@@ -84,14 +84,15 @@ class Host:
 
 
 def processes(root: Path) -> list[int]:
-    """Supervisors, standbys and workers of a root."""
+    """Supervisors, standbys and workers of a root, and the servers of its FUSE mounts."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if any(b"host.daemon." in word for word in arguments) and os.fsencode(root) in arguments:
+        of_daemon = any(b"host.daemon." in word for word in arguments) and os.fsencode(root) in arguments
+        if of_daemon or (b"fusefallback.server" in arguments and b"--root=" + os.fsencode(root) in arguments):
             found.append(int(name))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from handmade import CHUNK, ImageMaker, Sample, chunks_of, contents
 
-from erofsgen.host import linux
 from erofsgen.store.directory import DirectoryStore
-
-
-@pytest.fixture
-def maker(store_dir: Path) -> ImageMaker:
-    return ImageMaker(DirectoryStore(store_dir))
 
 
 def make_sample(maker: ImageMaker) -> Sample:
@@ -50,14 +44,6 @@ def sample(maker: ImageMaker) -> Sample:
 def maker_on() -> Callable[[Path], Sample]:
     """Makes the sample in a store of the test's choice."""
     return lambda path: make_sample(ImageMaker(DirectoryStore(path)))
-
-
-@pytest.fixture
-def root(tmp_path: Path, require_root: None) -> Iterator[Path]:
-    """A root for the host cache. Whatever is still mounted below the test's directory afterwards is unmounted."""
-    yield tmp_path / "root"
-    while left := [point for point in linux.mount_points() if point.target.startswith(f"{tmp_path}/")]:
-        linux.umount(left[-1].target, linux.MNT_DETACH)
 
 
 @pytest.fixture

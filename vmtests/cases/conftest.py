@@ -14,7 +14,6 @@ from erofsgen.host.doctor import plane_works
 CASES = Path(__file__).resolve().parent
 sys.path.insert(0, str(CASES))
 sys.path.insert(0, str(CASES.parents[1] / "tests"))
-sys.path.insert(0, str(CASES.parents[1] / "tests" / "host"))
 
 import handmade  # noqa: E402
 import sites  # noqa: E402

@@ -16,8 +16,11 @@ from erofsgen.host.cache.frames import frame_starts
 from erofsgen.host.cache.presence import Presence
 
 
-def cut_off(data: Path) -> bool:
+def cut_off(data: Path, *, but_served: bool = False) -> bool:
     """Cut a pack's data file off if it has holes and somebody has it open; says whether that was so.
+
+    ``but_served``: not where a FUSE server has it open, which reads no hole. EROFS does not have that file open as well:
+    whatever it had open lost its name when the server's first daemon started.
 
     Its name goes as well: what is fetched later goes to a new file, never to one that an old mount has open, which
     would read that file's new holes. The map goes first, so that a crash in between leaves nothing that is counted on.
@@ -27,7 +30,7 @@ def cut_off(data: Path) -> bool:
     except OSError:
         return False
     try:
-        if _is_complete(data) or linux.sole_user(descriptor):
+        if _is_safe(data, but_served=but_served) or linux.sole_user(descriptor):
             return False
         data.with_suffix(".map").unlink(missing_ok=True)
         os.ftruncate(descriptor, 0)
@@ -37,9 +40,9 @@ def cut_off(data: Path) -> bool:
         os.close(descriptor)
 
 
-def _is_complete(data: Path) -> bool:
+def _is_safe(data: Path, *, but_served: bool) -> bool:
     with suppress(ErofsgenError, OSError):
         starts = frame_starts(data.with_suffix(".toc").read_bytes(), what=str(data))
         with Presence.open(data.with_suffix(".map"), len(starts) - 1) as presence:
-            return os.stat(data).st_size == starts[-1] and presence.complete
+            return os.stat(data).st_size == starts[-1] and (presence.complete or (but_served and presence.obeyed))
     return False

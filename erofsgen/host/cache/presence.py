@@ -22,7 +22,8 @@ always counts. A map that is damaged says nothing of any frame: it is made anew,
 may have it mapped. If ``pwrite`` of a mark is lost with the power, the frame is fetched once more.
 
 Locks: an open-file-description lock on the header, held while the map is opened and while marks are taken back or
-made durable. ``flock`` on the map is not this module's: with it the cache says who uses a pack.
+made durable, and one behind it, shared, by processes that read the data file by themselves (:meth:`Presence.obey`).
+``flock`` on the map is not this module's: with it the cache says who uses a pack.
 
 Small processes use this module: nothing heavy is imported.
 """
@@ -234,6 +235,18 @@ class Presence:
                 _write(self._descriptor, bytes(self.frames), HEADER_SIZE)
             self._sync()
 
+    def obey(self) -> None:
+        """Say, until :meth:`close`, that this process has the data file open and reads no frame that is not marked."""
+        with _storage(self.path):
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLKW, _obedient(fcntl.F_RDLCK))
+
+    @property
+    def obeyed(self) -> bool:
+        """Whether another opening of the map has said so."""
+        with _storage(self.path):
+            found = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, _obedient(fcntl.F_WRLCK))
+        return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+
     def close(self) -> None:
         """Let go of the map. The object is of no use afterwards."""
         if self._descriptor >= 0:
@@ -314,6 +327,10 @@ def _renew(descriptor: int, frames: int, boot: bytes) -> None:
 def _write(descriptor: int, data: bytes, offset: int) -> None:
     if os.pwrite(descriptor, data, offset) != len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _obedient(kind: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, HEADER_SIZE, 1, 0)
 
 
 @contextmanager

@@ -66,13 +66,18 @@ class Housekeeping:
                     settle = time.monotonic() + _SETTLE
             except ErofsgenError as error:
                 _logger.error("%s", error)
+            except (OSError, ValueError) as error:  # a pack was closed in the middle of it
+                _logger.debug("%s", error)
 
     def _look(self) -> None:
         with self._lock:
             touched, self._touched = self._touched, set()
         now = time.monotonic()
-        for pack in touched:
-            present = pack.presence.count()
+        for pack in touched.intersection(self._worker.packs()):
+            try:
+                present = pack.presence.count()
+            except ValueError:  # it was closed in this moment
+                continue
             if present == len(pack.toc):
                 self._worker.tell({"do": "complete", "pack": pack.name})
             elif pack in self._completing or self._not_before.get(pack, 0.0) > now:

@@ -88,6 +88,9 @@ class Plane(Protocol):
     survives: bool
     """Whether another supervisor can go on with the descriptor."""
 
+    serves: bool
+    """Whether processes that read packs by themselves outlive it, and go on with the next supervisor."""
+
     def attach(self, supervisor: Supervisor) -> None:
         """Comes before anything else."""
 

@@ -417,7 +417,7 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         holds[options.plane] = plane.fileno()
     if fresh:
         for path in Layout(root).data_files():
-            if cut_off(path):
+            if cut_off(path, but_served=plane.serves):
                 _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
     listening = socket.socket(fileno=holds["listen"]) if "listen" in holds else control.listen(root)
     holds["listen"] = listening.fileno()

@@ -111,8 +111,21 @@ class ImageMaker:
             directory.children[leaf] = inode
         places = np.zeros(len(table), CHUNK_DTYPE)
         places["device"], places["block"] = np.array(table).T
+        return self.publish(name, root, places, packs, holes_at_end=holes_at_end)
+
+    def publish(
+        self,
+        name: str,
+        root: Inode,
+        places: np.ndarray,
+        packs: Sequence[PackMade],
+        *,
+        chunk_size: int = CHUNK,
+        holes_at_end: bool = False,
+    ) -> Image:
+        """An image of any tree, whose chunks lie at ``places``."""
         devices = [Device(pack.hex, int(pack.descriptor.annotations[DEVICE_SIZE]) // BLOCK) for pack in packs]
-        index = bytes(write_index(root, places, devices, chunk_size=CHUNK))
+        index = bytes(write_index(root, places, devices, chunk_size=chunk_size))
         digest, size = self.store.put(zstandard.ZstdCompressor(1).compress(index))
         holes = {INDEX_HOLES: HOLES_AT_END} if holes_at_end else {}
         config_digest, config_size = self.store.put(b"{}")
@@ -166,11 +179,11 @@ def read_tree(top: Path) -> dict[str, bytes | str | None]:
 
 
 def erofs_mounts_below(path: Path) -> list[linux.MountPoint]:
-    """Our mounts on ``path`` and below it: EROFS, and overlays by the source they show."""
+    """Our mounts on ``path`` and below it: EROFS, FUSE, and overlays by the source they show."""
     return [
         point
         for point in linux.mount_points()
-        if (point.fstype == "erofs" or (point.fstype, point.source) == ("overlay", "erofsgen"))
+        if (point.fstype in ("erofs", "fuse.erofsgen") or (point.fstype, point.source) == ("overlay", "erofsgen"))
         and Path(point.target).is_relative_to(path)
     ]
 
