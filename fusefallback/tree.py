@@ -7,9 +7,10 @@ change.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Final, cast
 
@@ -17,6 +18,7 @@ import pyfuse3
 
 from erofsgen.erofs.node import Entry, Extent, Node
 from erofsgen.erofs.reader import Index
+from erofsgen.errors import FormatError
 from fusefallback.answers import FOREVER, answering
 from fusefallback.content import Content, pieces_of
 
@@ -24,6 +26,8 @@ _ZERO: Final = 1 << 62
 """FUSE's number of EROFS's inode 0."""
 _FILES: Final = 256
 """Files whose extents are kept."""
+_BLOCK_POSITIONS: Final = 1 << 16
+"""More than there are entries in any directory block."""
 _TRUSTED: Final = b"trusted."
 _NAME_MAX: Final = 255
 
@@ -37,6 +41,27 @@ class File:
         self.extents: Sequence[Extent] = node.extents()
 
 
+class Directory:
+    """An open directory, of which one block is decoded at a time: it may have a million entries."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._blocks = node.dir_blocks()
+        self._decoded = -1
+        self._entries: list[Entry] = []
+
+    def entries(self, position: int) -> Iterator[tuple[Entry, int]]:
+        """Entries from ``position`` on, each with the position behind it; 0 is the first's."""
+        first, skipped = divmod(position, _BLOCK_POSITIONS)
+        for block in range(first, len(self._blocks)):
+            if block != self._decoded:
+                self._entries = [entry for _, entry in self._node.block_entries(*self._blocks[block])]
+                self._decoded = block
+            for number in range(skipped, len(self._entries)):
+                yield self._entries[number], block * _BLOCK_POSITIONS + number + 1
+            skipped = 0
+
+
 class Tree(pyfuse3.Operations):
     """All of ``index``, with file data from ``content``."""
 
@@ -48,7 +73,7 @@ class Tree(pyfuse3.Operations):
         self._index = index
         self._content = content
         self._root = index.root.nid
-        self._directories: dict[int, list[Entry]] = {}
+        self._directories: dict[int, Directory] = {}
         self._open: dict[int, File] = {}
         self._handles = itertools.count(1)
         self._file = lru_cache(_FILES)(lambda nid: File(index.node(nid)))
@@ -57,7 +82,10 @@ class Tree(pyfuse3.Operations):
 
     @answering
     async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:  # noqa: ARG002
-        directory = self._node(parent)
+        try:
+            directory = self._node(parent)
+        except FormatError:  # a file handle of NFS or open_by_handle_at(2), made for another image
+            raise pyfuse3.FUSEError(errno.ESTALE) from None
         if name == b".":
             return self._attributes(directory)
         if name == b"..":
@@ -101,15 +129,13 @@ class Tree(pyfuse3.Operations):
     @answering
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:  # noqa: ARG002
         handle = next(self._handles)
-        self._directories[handle] = [entry for _, entry in self._node(inode).entries()]
+        self._directories[handle] = Directory(self._node(inode))
         return handle
 
     @answering
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        entries = self._directories[fh]
-        for number in range(start_id, len(entries)):
-            name, nid, _ = entries[number]
-            if not pyfuse3.readdir_reply(token, name, self._attributes(self._index.node(nid)), number + 1):
+        for (name, nid, _), behind in self._directories[fh].entries(start_id):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(self._index.node(nid)), behind):
                 break
 
     @answering

@@ -276,12 +276,12 @@ class Node:
         low, high = 0, len(blocks)
         while high - low > 1:
             middle = (low + high) // 2
-            if self._block_entries(*blocks[middle])[0][1][0] <= name:
+            if self.block_entries(*blocks[middle])[0][1][0] <= name:
                 low = middle
             else:
                 high = middle
         if blocks:
-            for _, (other, nid, _) in self._block_entries(*blocks[low]):
+            for _, (other, nid, _) in self.block_entries(*blocks[low]):
                 if other == name:
                     return Node(self._index, nid)
         return None
@@ -289,7 +289,7 @@ class Node:
     def entries(self) -> Iterator[tuple[int, Entry]]:
         """A directory's entries as they are, "." and ".." included, each with its byte offset in the image."""
         for start, used in self.dir_blocks():
-            yield from self._block_entries(start, used)
+            yield from self.block_entries(start, used)
 
     def dir_blocks(self) -> list[tuple[int, int]]:
         """(byte offset in the image, bytes in use) of each block of a directory."""
@@ -303,7 +303,8 @@ class Node:
             blocks += [(start + done, min(size, length - done)) for done in range(0, length, size)]
         return blocks
 
-    def _block_entries(self, start: int, used: int) -> list[tuple[int, Entry]]:
+    def block_entries(self, start: int, used: int) -> list[tuple[int, Entry]]:
+        """The entries of one of :meth:`dir_blocks`, as :meth:`entries` gives them."""
         block = self._index.buffer[start : start + used]
         names_start = block[8] | block[9] << 8 if used > fmt.DIRENT.size else 0
         if not 0 < names_start < used or names_start % fmt.DIRENT.size:

@@ -198,13 +198,13 @@ def test_mounting(sample, unpacked: tuple[Path, Path], mount_point: Path):
         assert samples.snapshot(mount_point) == samples.snapshot(unpacked[0])
         assert [mount["target"] for mount in sample("mounts", "--json").json] == [str(mount_point)]
         heading, line = sample("mounts").lines
-        assert heading.split() == ["TARGET", "IMAGE", "DIGEST", "ACCESS"]
-        assert line.split() == [str(mount_point), "sample:1", info["digest"][7:19], "ro"]
+        assert heading.split() == ["TARGET", "IMAGE", "DIGEST", "ACCESS", "PLANE"]
+        assert line.split() == [str(mount_point), "sample:1", info["digest"][7:19], "ro", "eager"]
         sample("mount", "sample:2", mount_point, "--eager", code=9)
     finally:
         sample("umount", mount_point)
     assert sample("mounts", "--json").json == []
-    assert sample("mounts").lines == ["TARGET  IMAGE  DIGEST  ACCESS"]
+    assert sample("mounts").lines == ["TARGET  IMAGE  DIGEST  ACCESS  PLANE"]
     sample("umount", mount_point, code=3)
 
 

@@ -99,7 +99,7 @@ class TestThroughMount:
         [
             ("frobnicate", 1, "unknown mount option 'frobnicate'"),
             ("ro,upper=/x", 1, "ro and upper=DIR contradict each other"),
-            ("plane=blockfuse", 32, "plane blockfuse is not in this version"),
+            ("plane=nbd", 32, "no plane nbd"),
             ("store=/nonexistent", 32, "no store at /nonexistent"),
         ],
     )

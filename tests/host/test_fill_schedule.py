@@ -282,8 +282,11 @@ class Machine(RuleBasedStateMachine):
             assert all(frame.priority is frames[0].priority for frame in frames)
             self.reads.append(work)
         elif work is not None:
-            if work.priority is not DEMAND:
-                assert not [f for f in self.plan.frames(State.FETCHED, State.OPENING) if f.priority is DEMAND]
+            urgent = [f for f in self.plan.frames(State.FETCHED, State.OPENING) if f.priority is DEMAND]
+            if work.priority is Priority.READ_AROUND:
+                assert len(urgent) + sum(back for _, back in self.opening) < self.CORES, "it takes what demand leaves"
+            elif work.priority is not DEMAND:
+                assert not urgent
             self.opening.append((work, work.priority is not DEMAND))
 
     @precondition(lambda self: self.reads or self.late)

@@ -231,8 +231,9 @@ def test_many_readers_while_the_worker_is_killed(lazy_plane, site, wide):
     stop = threading.Event()
 
     def killer():
-        while not stop.wait(1):
+        while not stop.is_set():
             site.frames()  # the worker answers: it has started, which takes seconds in a guest
+            stop.wait(1)  # and it can do something, or a read may be unlucky until its deadline
             site.host.kill("worker")
 
     thread = threading.Thread(target=killer)
