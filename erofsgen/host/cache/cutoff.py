@@ -19,7 +19,7 @@ from erofsgen.host.cache.presence import Presence
 def cut_off(data: Path, *, but_served: bool = False) -> bool:
     """Cut a pack's data file off if it has holes and somebody has it open; says whether that was so.
 
-    ``but_served``: not where a FUSE server has it open, which reads no hole. EROFS does not have that file open as well:
+    ``but_served``: not where a FUSE server has it open, which reads no hole. EROFS does not have that file open, too:
     whatever it had open lost its name when the server's first daemon started.
 
     Its name goes as well: what is fetched later goes to a new file, never to one that an old mount has open, which
