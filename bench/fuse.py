@@ -324,18 +324,18 @@ def ablate(bench: FuseBench) -> None:
     for plane in bench.planes:
         with bench.host("raw", plane=plane) as host:
             for what, read in {"warm": warm, "cold": empty}.items():
+                defaults: list[float] = []
                 for setting in (setting for setting in SETTINGS if setting.cold or what == "warm"):
                     sides = {
                         each.label: lambda each=each, read=read: with_knobs(host, each, read)
                         for each in (DEFAULT, setting)
                     }
                     values = alternate(bench.rounds, sides)
-                    by_default = values[DEFAULT.label]
+                    series = ratios(values[setting.label], values[DEFAULT.label])
                     bench.note(f"{plane}, {what}: {setting.label}", values[setting.label], "MiB/s")
-                    bench.note(f"{plane}, {what}: the default beside it", by_default, "MiB/s")
-                    bench.relate(
-                        f"{plane}, {what}: {setting.label} / default", ratios(values[setting.label], by_default)
-                    )
+                    bench.note(f"{plane}, {what}: {setting.label} / default", series, "")
+                    defaults += values[DEFAULT.label]
+                bench.note(f"{plane}, {what}: default, beside all of these", defaults, "MiB/s")
 
 
 def with_knobs(host: Host, setting: Setting, read: Callable[[Setting], float]) -> float:
