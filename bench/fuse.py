@@ -27,7 +27,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -35,35 +35,39 @@ import hostkit
 import peers
 from hostkit import FIRST, LARGE, MIB, Host, alternate, timed
 from measure import read_through
-from memory import MemorySampler, forget_peak, resident, servers
+from memory import MemorySampler, forget_peak, resident
 from parts import DATA, Bench, arguments, measure, say
 
 from erofsgen.host.doctor import plane_works
-from erofsgen.host.mount.mounts import READ_AHEAD
-
-KNOBS = "EROFSGEN_FUSE"
-"""Environment variable of our servers: ``name=value``, separated by commas."""
+from erofsgen.host.mount.mounts import FUSE_READ_AHEAD
+from fusefallback.tuning import VARIABLE
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Something to be had in another way than by default. ``cold``: it matters to cold reads, too."""
+    """Something to be had in another way than by default: knobs of :class:`fusefallback.tuning.Tuning`, read-ahead.
+
+    ``cold``: it matters to cold reads, too.
+    """
 
     label: str
-    knobs: Mapping[str, object] = field(default_factory=dict)
+    knobs: str = ""
     read_ahead: int | None = None
     cold: bool = False
 
 
 DEFAULT = Setting("default")
 SETTINGS = (
-    Setting("replies: pread", {"reply": "pread"}, cold=True),
-    Setting("replies: copied from the map", {"reply": "copy"}),
-    Setting("reads of 128 KiB", {"max_read": 128}, cold=True),
-    Setting("reads of 512 KiB", {"max_read": 512}, cold=True),
-    Setting("12 reads in the background", {"background": 12}, cold=True),
-    Setting("garbage collection", {"gc": "on"}),
+    Setting("replies copied", "reply=copied", cold=True),
+    Setting("16 MiB mapped", "mapped=16M"),
+    Setting("1 GiB mapped", "mapped=1G"),
+    Setting("reads of 128 KiB", "max_read=128K", cold=True),
+    Setting("reads of 512 KiB", "max_read=512K", cold=True),
+    Setting("12 reads in the background", "background=12", cold=True),
+    Setting("packs cached by FUSE as well", "direct=off", cold=True),
+    Setting("garbage collection", "collect=on"),
     Setting("read-ahead 128 KiB", read_ahead=128, cold=True),
+    Setting("read-ahead 512 KiB", read_ahead=512, cold=True),
     Setting("read-ahead 1 MiB", read_ahead=1024, cold=True),
     Setting("read-ahead 4 MiB", read_ahead=4096, cold=True),
     Setting("read-ahead 16 MiB", read_ahead=16384, cold=True),
@@ -143,7 +147,9 @@ class FuseBench(Bench):
     def _ours(self, sides: Sides) -> int:
         """KiB of read-ahead that servers which ours are compared with get, too: the most that a plane has."""
         files = [_read_ahead_file(sides[plane].top) for plane in self.planes]
-        ours = self._read_ahead or max((int(file.read_text()) for file in files if file.exists()), default=READ_AHEAD)
+        ours = self._read_ahead or max(
+            (int(file.read_text()) for file in files if file.exists()), default=FUSE_READ_AHEAD
+        )
         say(f"{self._part}: read-ahead of our servers, and of others besides the kernel's: {ours} KiB")
         return ours
 
@@ -259,10 +265,15 @@ def memory(bench: FuseBench) -> None:
         bench.goal(f"memory of {plane}'s server at most, MiB", max(peaks) / MIB or None, 150)
 
 
-MEMORY = ("the server, resident", "the server, anonymous", "the daemon, proportional")
+MEMORY = (
+    "the server, resident",
+    "the server, anonymous",
+    "the server and what starts it, proportional",
+    "the daemon, proportional",
+)
 
 
-def stream(host: Host, *, warm: bool) -> tuple[int, int, int]:
+def stream(host: Host, *, warm: bool) -> tuple[int, ...]:
     """Read everything once; bytes of :data:`MEMORY`, at most."""
     if warm:
         host.complete()
@@ -270,13 +281,14 @@ def stream(host: Host, *, warm: bool) -> tuple[int, int, int]:
         host.clear()
     with host.mounted() as top:
         Side(top, host.files()).prepare()
-        pids = servers(host.root)
+        pids = hostkit.servers(host.root)
         for pid in pids:
             forget_peak(pid)
         with MemorySampler(host.call("status"), pids, interval=0.02) as sampler:
             for file in (FIRST, LARGE):
                 hostkit.sequential(top / file)
-        return sum(resident(pid).peak for pid in pids), max(sampler.anonymous), max(sampler.totals)
+        peak = max((resident(pid).peak for pid in pids), default=0)
+        return peak, *(max(series) for series in (sampler.anonymous, sampler.servers, sampler.totals))
 
 
 def cold_reads(bench: FuseBench) -> None:
@@ -327,8 +339,7 @@ def ablate(bench: FuseBench) -> None:
                 defaults: list[float] = []
                 for setting in (setting for setting in SETTINGS if setting.cold or what == "warm"):
                     sides = {
-                        each.label: lambda each=each, read=read: with_knobs(host, each, read)
-                        for each in (DEFAULT, setting)
+                        each.label: lambda each=each, read=read: with_knobs(each, read) for each in (DEFAULT, setting)
                     }
                     values = alternate(bench.rounds, sides)
                     series = ratios(values[setting.label], values[DEFAULT.label])
@@ -338,14 +349,13 @@ def ablate(bench: FuseBench) -> None:
                 bench.note(f"{plane}, {what}: default, beside all of these", defaults, "MiB/s")
 
 
-def with_knobs(host: Host, setting: Setting, read: Callable[[Setting], float]) -> float:
-    """``read`` with a daemon, and so servers, of that ``setting``."""
-    os.environ[KNOBS] = ",".join(f"{name}={value}" for name, value in setting.knobs.items())
+def with_knobs(setting: Setting, read: Callable[[Setting], float]) -> float:
+    """``read`` where servers that are started have that ``setting``."""
+    os.environ[VARIABLE] = setting.knobs
     try:
-        host.restart()
         return read(setting)
     finally:
-        del os.environ[KNOBS]
+        del os.environ[VARIABLE]
 
 
 def main() -> None:

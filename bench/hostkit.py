@@ -83,6 +83,9 @@ class Host:
     def __exit__(self, *exc: object) -> None:
         stop(self.root, self._pid)
         unmount_below(self._place)
+        for pid in servers(self.root):  # what starts them waits a minute for more to do
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         shutil.rmtree(self._place, ignore_errors=True)
 
     def call(self, do: str) -> dict[str, Any]:
@@ -97,12 +100,6 @@ class Host:
         with Client.start(self.root, self._options) as client:
             counters: dict[str, Any] = client.worker("status")["engine"]
         return counters
-
-    def restart(self) -> None:
-        """A new daemon, which has this process's environment. Nothing may be mounted."""
-        stop(self.root, self._pid)
-        self.call("hello")
-        self.engine()
 
     def complete(self) -> None:
         """Have all of the image in the cache."""
@@ -160,6 +157,17 @@ def stop(root: Path, pid: int) -> None:
                 if not select.select([ended], [], [], _PATIENCE)[0]:
                     os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def servers(root: Path) -> list[int]:
+    """The processes that answer for FUSE mounts of ``root``, and the one that starts them."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):  # it may have gone
+            arguments = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+            if b"fusefallback.server" in arguments and b"--root=" + os.fsencode(root) in arguments:
+                found.append(int(pid))
+    return found
 
 
 def unmount_below(place: Path) -> None:

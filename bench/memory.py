@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hostkit import drop_caches
-
-_SERVER = b"fusefallback.server"
 
 
 def proportional(pid: int) -> tuple[int, int]:
@@ -50,32 +46,22 @@ def forget_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
-def servers(root: Path) -> list[int]:
-    """The processes that answer for FUSE mounts of ``root``."""
-    found = []
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with suppress(OSError):  # it may have gone
-            command = Path("/proc", pid, "cmdline").read_bytes()
-            if _SERVER in command and os.fsencode(root) in command:
-                found.append(int(pid))
-    return found
-
-
 class MemorySampler(threading.Thread):
     """Bytes of a daemon every ``interval`` seconds: ``totals`` proportional of all its processes, ``worker`` resident.
 
-    ``anonymous`` is what processes of ``servers`` have for themselves.
+    Of ``servers``, processes beside it: ``servers`` proportional of all, ``anonymous`` those of the one that has most.
     """
 
     def __init__(self, status: dict[str, Any], servers: Sequence[int] = (), *, interval: float = 0.1) -> None:
         super().__init__(daemon=True)
         self._pids = [status[name] for name in ("pid", "standby", "worker") if status[name]]
         self._worker = status["worker"]
-        self._servers = servers
+        self._others = servers
         self._interval = interval
         self._ended = threading.Event()
         self.totals: list[int] = []
         self.worker: list[int] = []
+        self.servers: list[int] = []
         self.anonymous: list[int] = []
 
     def run(self) -> None:
@@ -83,7 +69,8 @@ class MemorySampler(threading.Thread):
             sizes = {pid: proportional(pid) for pid in self._pids}
             self.totals.append(sum(pss for pss, _ in sizes.values()))
             self.worker.append(sizes[self._worker][1])
-            self.anonymous.append(sum(resident(pid).anonymous for pid in self._servers))
+            self.servers.append(sum(proportional(pid)[0] for pid in self._others))
+            self.anonymous.append(max((resident(pid).anonymous for pid in self._others), default=0))
 
     def __enter__(self) -> MemorySampler:
         self.start()
