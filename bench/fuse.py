@@ -335,7 +335,7 @@ def ablate(bench: FuseBench) -> None:
 
     for plane in bench.planes:
         with bench.host("raw", plane=plane) as host:
-            for what, read in {"warm": warm, "cold": empty}.items():
+            for what, read in {"cold": empty, "warm": warm}.items():  # a cache that was completed may be in use
                 defaults: list[float] = []
                 for setting in (setting for setting in SETTINGS if setting.cold or what == "warm"):
                     sides = {
