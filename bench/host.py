@@ -18,14 +18,10 @@ its figures say nothing. Needs root, and a kernel with FAN_PRE_ACCESS. Leaves no
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,71 +30,19 @@ from pathlib import Path
 from statistics import median
 
 import hostkit
-import images
-from hostkit import EROFSGEN, FIRST, LARGE, MIB, NEVER_COMPLETE, Host, MemorySampler, Plain, alternate, paired, timed
-from measure import REPOSITORY, Figure, Goal, machine, print_figures, print_goals, run
+from hostkit import EROFSGEN, FIRST, LARGE, MIB, NEVER_COMPLETE, Host, alternate, paired, timed
+from measure import run
+from memory import MemorySampler, kernel_memory, proportional
+from parts import Bench, arguments, measure
 
 from erofsgen.host.mount.mounts import READ_AHEAD
-from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
-PEERS = ("erofsfuse", "mount.erofs")
 READ_AHEADS = (128, 512, 1024, 4096, 32768)
 
 
-class Bench:
-    """Images in one store below ``work``, and what was measured so far, by part."""
-
-    def __init__(self, work: Path, options: argparse.Namespace) -> None:
-        self.work = work
-        self.rounds: int = options.rounds
-        self.quick: bool = options.quick
-        self.size = 64 if self.quick else 1024  # MiB of the large files
-        self.image = "demo" if self.quick else str(options.image)
-        self.store = DirectoryStore(work / "store")
-        self.figures: dict[str, list[Figure]] = {}
-        self.goals: list[Goal] = []
-        self._part = ""
-        self._built: set[str] = set()
-        self._places = count()
-
-    def measure(self, part: str, work: Callable[[Bench], None]) -> None:
-        print(f"bench: {part}: {(work.__doc__ or '').splitlines()[0]}", file=sys.stderr, flush=True)
-        self._part = part
-        work(self)
-
-    def note(self, what: str, values: Sequence[float], unit: str) -> float:
-        """Put a figure into the part's table; its median."""
-        figure = Figure(what, values, unit)
-        self.figures.setdefault(self._part, []).append(figure)
-        print(f"bench: {self._part}: {what}: {figure.median:.4g} {unit}", file=sys.stderr, flush=True)
-        return figure.median
-
-    def goal(self, goal: str, value: float, target: float, *, at_least: bool = False) -> None:
-        self.goals.append(Goal(f"{self._part}: {goal}", value, target, at_least))
-
-    def place(self) -> Path:
-        return self.work / str(next(self._places))
-
-    def built(self, name: str) -> str:
-        """The image ``name``, built if it is not in the store yet: raw, compressible, or one of the image maker's."""
-        if name not in self._built:
-            if name in ("raw", "compressible"):
-                tree = self.work / name
-                hostkit.make_data(tree, self.size, compressible=name == "compressible")
-                hostkit.build(self.store, f"dir:{tree}", name)
-                shutil.rmtree(tree)
-            else:
-                made = images.service() if name == "service" else images.quick()
-                hostkit.build(self.store, f"oci:{made.reference}", name)
-            self._built.add(name)
-        return name
-
-    def host(self, name: str, options: Sequence[str] = ()) -> Host:
-        return Host(self.place(), self.store, self.built(name), options)
-
-    def plain(self, name: str) -> Plain:
-        return Plain(self.place(), self.store, self.built(name))
+class HostBench(Bench):
+    """Compares a lazy mount with the same bytes mounted by others."""
 
     @contextmanager
     def beside(self, name: str, options: Sequence[str] = ()) -> Iterator[tuple[Host, Path, dict[str, Path]]]:
@@ -129,7 +73,7 @@ class Bench:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def mount_time(bench: Bench) -> None:
+def mount_time(bench: HostBench) -> None:
     """From the request to the first stat."""
     rounds = bench.rounds if bench.quick else max(bench.rounds, 15)
     with bench.host(bench.image) as host, bench.plain(bench.image) as plain:
@@ -186,7 +130,7 @@ def mount_time(bench: Bench) -> None:
     bench.goal("erofsgen mount, ms", whole, 250)
 
 
-def warm_reads(bench: Bench) -> None:
+def warm_reads(bench: HostBench) -> None:
     """Reads from the page cache."""
     blocks = bench.size * MIB // 4096
     offsets = [random.Random(1).randrange(blocks) * 4096 for _ in range(20_000 if bench.quick else 200_000)]
@@ -201,7 +145,7 @@ def warm_reads(bench: Bench) -> None:
         bench.goal("warm random reads of 4 KiB / plain EROFS", ratio, 0.95, at_least=True)
 
 
-def local_reads(bench: Bench) -> None:
+def local_reads(bench: HostBench) -> None:
     """Reads of local data, the page cache dropped."""
 
     def cold(top: Path) -> float:
@@ -220,7 +164,7 @@ def local_reads(bench: Bench) -> None:
     bench.goal("local sequential reads, mark removed / plain EROFS", unmarked, 0.98, at_least=True)
 
 
-def metadata(bench: Bench) -> None:
+def metadata(bench: HostBench) -> None:
     """A walk with lstat of everything."""
 
     def cold(top: Path) -> float:
@@ -240,13 +184,13 @@ def metadata(bench: Bench) -> None:
         bench.goal("walk and lstat, warm / plain EROFS", ratio, 0.98, at_least=True)
 
 
-def cold_fill(bench: Bench) -> None:
+def cold_fill(bench: HostBench) -> None:
     """A whole image read through a lazy mount, from a store in the page cache."""
     for name in ("raw", "compressible"):
         cold_fill_of(bench, bench.built(name))
 
 
-def cold_fill_of(bench: Bench, name: str) -> None:
+def cold_fill_of(bench: HostBench, name: str) -> None:
     cores = len(os.sched_getaffinity(0))
     alone: list[dict[str, float]] = []
 
@@ -269,7 +213,7 @@ def cold_fill_of(bench: Bench, name: str) -> None:
     bench.goal(f"cold fill of {name} data / its parts over {cores} cores", ratio, 1.3)
 
 
-def daemon_memory(bench: Bench) -> None:
+def daemon_memory(bench: HostBench) -> None:
     """Images read one after the other, ten times their size through one daemon."""
     passes = 4 if bench.quick else 10
     with bench.host("compressible") as host:
@@ -291,7 +235,7 @@ def daemon_memory(bench: Bench) -> None:
     bench.goal("memory of the daemon, last quarter / second quarter", ratio, 1.1)
 
 
-def many_mounts(bench: Bench) -> None:
+def many_mounts(bench: HostBench) -> None:
     """Many mounts of one image."""
     number = 20 if bench.quick else 500
     with bench.host(bench.image) as host:
@@ -300,10 +244,10 @@ def many_mounts(bench: Bench) -> None:
             target.mkdir()
         with host.mounted():  # what the first costs is not what one more costs
             supervisor = host.call("status")["pid"]
-            kernel, own = hostkit.kernel_memory(), hostkit.proportional(supervisor)[0]
+            kernel, own = kernel_memory(), proportional(supervisor)[0]
             seconds = [timed(lambda target=target: os.stat(host.mount(target) / "bin")) for target in targets]
-            own = hostkit.proportional(supervisor)[0] - own
-            after = hostkit.kernel_memory()
+            own = proportional(supervisor)[0] - own
+            after = kernel_memory()
             ending = [timed(lambda target=target: host.unmount(target)) for target in targets]
     tenth = number // 10
     for what, series in (("mount", seconds), ("unmount", ending)):
@@ -314,7 +258,7 @@ def many_mounts(bench: Bench) -> None:
     bench.note("of that slab", [(after["Slab"] - kernel["Slab"]) / number / 1024], "KiB")
 
 
-def read_ahead(bench: Bench) -> None:
+def read_ahead(bench: HostBench) -> None:
     """What read-ahead is worth."""
     with bench.host("raw", NEVER_COMPLETE) as host:
         with host.mounted() as top:
@@ -349,7 +293,7 @@ def read_ahead(bench: Bench) -> None:
             bench.note(f"{size} KiB: fetched for that", fetched[size], "MiB")
 
 
-MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
+MEASUREMENTS: dict[str, Callable[[HostBench], None]] = {
     "a": mount_time,
     "b": warm_reads,
     "c": local_reads,
@@ -362,34 +306,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", help="parts, separated by commas (default: all)")
-    parser.add_argument("--rounds", type=int, help="rounds of every comparison (default 5)")
-    parser.add_argument("--image", choices=["demo", "service"], default="demo", help="for a, d, g and h (default demo)")
-    parser.add_argument("--work", type=Path, help="where caches, stores and mounts go (default .cache/bench)")
-    parser.add_argument("--quick", action="store_true", help="small data, one round: does it all work?")
-    parser.add_argument("--json", action="store_true", help="one JSON object per goal on standard output")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 5)
-    parts = options.only.split(",") if options.only else list(MEASUREMENTS)
-    if unknown := set(parts) - set(MEASUREMENTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    if os.geteuid() != 0:
-        sys.exit("bench: mounting needs root")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: told to stop"))
-
-    work = options.work or REPOSITORY / ".cache" / "bench"
-    work.mkdir(parents=True, exist_ok=True)
-    print(f"bench: {machine()}", file=sys.stderr)
-    for peer in PEERS:
-        print(f"bench: {peer}: {shutil.which(peer) or 'not installed'}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=work, prefix="host-") as scratch:
-        bench = Bench(Path(scratch), options)
-        for part in parts:
-            bench.measure(part, MEASUREMENTS[part])
-    for part, figures in bench.figures.items():
-        print_figures(f"{part}: {(MEASUREMENTS[part].__doc__ or '').strip('.')}", figures, as_json=options.json)
-    print_goals(bench.goals, as_json=options.json)
+    measure(HostBench, arguments(__doc__, image_for="a, d, g and h").parse_args(), MEASUREMENTS)
 
 
 if __name__ == "__main__":

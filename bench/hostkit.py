@@ -1,4 +1,4 @@
-"""What the benchmarks of lazy mounts stand on: hosts with a daemon, plain EROFS beside them, reads, memory."""
+"""What the benchmarks of lazy mounts stand on: hosts with a daemon, plain EROFS beside them, reads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 import zstandard
 from blake3 import blake3
 from fill import SKEWED
@@ -30,7 +30,9 @@ from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.evict import evict
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.mount import superblock
-from erofsgen.host.mount.mounts import READ_AHEAD, mount, unmount
+from erofsgen.host.mount.mounts import mount, unmount
+from erofsgen.host.mount.state import Plane
+from erofsgen.host.pull import complete
 from erofsgen.pack.toc import Toc
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
@@ -45,16 +47,25 @@ _PATIENCE = 30.0
 
 
 class Host:
-    """A host cache of its own below ``place``, one image of ``store`` in it, and a daemon with ``options``.
+    """A host cache of its own below ``place`` with one image of ``store``, and a daemon for ``plane`` with ``options``.
 
     Afterwards nothing of it is mounted, no process runs, no file is left.
     """
 
-    def __init__(self, place: Path, store: DirectoryStore, name: str, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        place: Path,
+        store: DirectoryStore,
+        name: str,
+        options: Sequence[str] = (),
+        *,
+        plane: Plane = "fanotify",
+    ) -> None:
         self.root = place / "root"
         self.target = place / "mnt"
+        self.plane = plane
         self._place = place
-        self._options = options
+        self._options = ["--plane", plane, *options]
         self._pid = 0
         self.target.mkdir(parents=True)
         self.cache = HostCache(self.root)
@@ -72,6 +83,9 @@ class Host:
     def __exit__(self, *exc: object) -> None:
         stop(self.root, self._pid)
         unmount_below(self._place)
+        for pid in servers(self.root):  # what starts them waits a minute for more to do
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         shutil.rmtree(self._place, ignore_errors=True)
 
     def call(self, do: str) -> dict[str, Any]:
@@ -87,9 +101,19 @@ class Host:
             counters: dict[str, Any] = client.worker("status")["engine"]
         return counters
 
-    def mount(self, target: Path | None = None, *, read_ahead: int = READ_AHEAD) -> Path:
+    def complete(self) -> None:
+        """Have all of the image in the cache."""
+        complete(self.cache, self.image, None)
+
+    def files(self) -> list[Path]:
+        """What there is to read of the image locally: its index and its data files."""
+        return [self.image.index, *self.image.devices()]
+
+    def mount(self, target: Path | None = None, *, read_ahead: int | None = None) -> Path:
+        """``read_ahead`` in KiB, None: what mount() does by default."""
         target = target or self.target
-        mount(self.image, target, root=self.root, plane="fanotify", read_ahead=read_ahead)
+        asked = {} if read_ahead is None else {"read_ahead": read_ahead}
+        mount(self.image, target, root=self.root, plane=self.plane, **asked)
         return target
 
     def unmount(self, target: Path | None = None) -> None:
@@ -98,7 +122,7 @@ class Host:
     def wait_unmarked(self) -> None:
         """Until no pack is under a mark: all are complete, or nothing uses them."""
         until = time.monotonic() + _PATIENCE
-        while self.call("status")["marked_packs"]:
+        while self.call("status").get("marked_packs"):  # other planes have none
             if time.monotonic() > until:
                 raise SystemExit("bench: packs keep their marks")
             time.sleep(0.02)
@@ -115,7 +139,7 @@ class Host:
             time.sleep(0.02)
 
     @contextmanager
-    def mounted(self, *, read_ahead: int = READ_AHEAD) -> Iterator[Path]:
+    def mounted(self, *, read_ahead: int | None = None) -> Iterator[Path]:
         yield self.mount(read_ahead=read_ahead)
         self.unmount()
 
@@ -135,6 +159,17 @@ def stop(root: Path, pid: int) -> None:
             os.waitpid(pid, 0)
 
 
+def servers(root: Path) -> list[int]:
+    """The processes that answer for FUSE mounts of ``root``, and the one that starts them."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):  # it may have gone
+            arguments = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+            if b"fusefallback.server" in arguments and b"--root=" + os.fsencode(root) in arguments:
+                found.append(int(pid))
+    return found
+
+
 def unmount_below(place: Path) -> None:
     """Detach whatever is mounted there."""
     for point in reversed(linux.mount_points()):
@@ -147,14 +182,19 @@ class Plain:
 
     def __init__(self, place: Path, store: DirectoryStore, name: str) -> None:
         self._place = place
+        self._servers = ExitStack()
         self.index, self.devices = HostCache(place / "root").materialise(Image.open(store, name))
 
     def __enter__(self) -> Plain:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._servers.close()
         unmount_below(self._place)
         shutil.rmtree(self._place, ignore_errors=True)
+
+    def files(self) -> list[Path]:
+        return [self.index, *self.devices]
 
     def mount(self, name: str, *, read_ahead: int | None = None) -> Path:
         """File-backed EROFS by the kernel; ``read_ahead`` KiB, None: its default of 128."""
@@ -167,16 +207,14 @@ class Plain:
         os.close(top)
         return target
 
-    def erofsfuse(self) -> Path | None:
-        """The same by erofsfuse, where that is installed."""
-        program = shutil.which("erofsfuse")
+    def erofsfuse(self, name: str = "fuse", *options: str) -> Path | None:
+        """The same by erofsfuse, where that can be had."""
+        program = peers.erofsfuse()
         if program is None:
             return None
-        target = self._place / "fuse"
-        target.mkdir()
         devices = [f"--device={path}" for path in self.devices]
-        subprocess.run([program, *devices, self.index, target], check=True, stdout=subprocess.DEVNULL)
-        return target
+        command = [program, "-f", *options, *devices, self.index, self._place / name]
+        return self._servers.enter_context(peers.served(command, self._place / name))
 
 
 def make_data(place: Path, mebibytes: int, *, compressible: bool) -> None:
@@ -211,9 +249,10 @@ def paired(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
-def drop_caches() -> None:
+def drop_caches(what: int = 3) -> None:
+    """1: data, 2: dentries and inodes, 3: both."""
     os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+    Path("/proc/sys/vm/drop_caches").write_text(str(what))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -290,47 +329,3 @@ def parts_alone(store: DirectoryStore, name: str, work: Path) -> dict[str, float
                     os.pwrite(file.fileno(), piece, places[frame])
                 lap("write")
     return seconds
-
-
-def proportional(pid: int) -> tuple[int, int]:
-    """(proportional, resident) bytes of a process; shared pages count in parts in the first."""
-    sizes = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        name, _, rest = line.partition(":")
-        sizes[name] = int(rest.split()[0]) << 10
-    return sizes["Pss"], sizes["Rss"]
-
-
-def kernel_memory() -> dict[str, int]:
-    """MemAvailable and Slab in bytes, after all that can be given back was."""
-    drop_caches()
-    time.sleep(0.5)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines}
-    return {name: sizes[name] for name in ("MemAvailable", "Slab")}
-
-
-class MemorySampler(threading.Thread):
-    """Bytes of a daemon every tenth of a second: ``totals`` proportional of all its processes, ``worker`` resident."""
-
-    def __init__(self, status: dict[str, Any]) -> None:
-        super().__init__(daemon=True)
-        self._pids = [status[name] for name in ("pid", "standby", "worker") if status[name]]
-        self._worker = status["worker"]
-        self._ended = threading.Event()
-        self.totals: list[int] = []
-        self.worker: list[int] = []
-
-    def run(self) -> None:
-        while not self._ended.wait(0.1):
-            sizes = {pid: proportional(pid) for pid in self._pids}
-            self.totals.append(sum(pss for pss, _ in sizes.values()))
-            self.worker.append(sizes[self._worker][1])
-
-    def __enter__(self) -> MemorySampler:
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._ended.set()
-        self.join()

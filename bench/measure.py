@@ -108,19 +108,21 @@ class Series:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure that has to be at most ``target``, or ``at_least`` that."""
+    """A figure that has to be at most ``target``, or ``at_least`` that; None, which is never met: not to be had."""
 
     goal: str
-    value: float
+    value: float | None
     target: float
     at_least: bool = False
 
     @property
     def met(self) -> bool:
+        if self.value is None:
+            return False
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     def json(self) -> str:
-        value = float(f"{self.value:.4g}")
+        value = None if self.value is None else float(f"{self.value:.4g}")
         return json.dumps({"goal": self.goal, "value": value, "target": self.target, "met": self.met})
 
 
@@ -135,7 +137,8 @@ def print_goals(goals: Iterable[Goal], *, as_json: bool) -> None:
         column.justify = "right"
     for goal in goals:
         target = f"{'≥' if goal.at_least else '≤'} {goal.target:g}"
-        table.add_row(goal.goal, f"{goal.value:.4g}", target, "[green]yes" if goal.met else "[red]no")
+        value = "-" if goal.value is None else f"{goal.value:.4g}"
+        table.add_row(goal.goal, value, target, "[green]yes" if goal.met else "[red]no")
     Console().print(table)
 
 

@@ -125,20 +125,9 @@ class Plane:
             if pack.descriptor < 0:
                 pack.descriptor = os.dup(event.fd)
             self._supervisor.missing(event.fd, pack.hex, event.offset, event.length)
-        ahead = pack.streams.read(event.offset, event.length)
-        if ahead is not None:
-            self._bring(pack, *ahead)
-
-    def _bring(self, pack: MarkedPack, offset: int, length: int) -> None:
-        """Have a range brought before it is read; what reaches beyond the pack is looked for in the following one."""
-        beyond = offset + length - pack.device_size
-        if not pack.ready(offset, length):
-            self._supervisor.ahead(pack.hex, offset, length)
-        following = self.pack(pack.following) if beyond > 0 and pack.following else None
-        if following is not None:
-            following.streams.continued(beyond)
-            if not following.ready(0, beyond):
-                self._supervisor.ahead(following.hex, 0, beyond)
+        following = self.pack(pack.following) if pack.following else None
+        for wanted, offset, length in pack.read(event.offset, event.length, following):
+            self._supervisor.ahead(wanted.hex, offset, length)
 
     def answer(self, key: int, *, failed: bool) -> None:
         """End a request that was handed on."""

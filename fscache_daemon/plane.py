@@ -210,14 +210,8 @@ class Plane:
         else:
             self._waiting[message.message] = pack
             self._supervisor.missing(message.message, _name(message.object, pack), message.offset, message.length)
-        ahead = pack.streams.read(message.offset, message.length)
-        if ahead is not None:
-            self._bring(message.object, pack, *ahead)
-
-    def _bring(self, number: int, pack: OpenPack, offset: int, length: int) -> None:
-        length = min(length, pack.device_size - offset)
-        if length > 0 and not pack.ready(offset, length):
-            self._supervisor.ahead(_name(number, pack), offset, length)
+        for _, offset, length in pack.read(message.offset, message.length):
+            self._supervisor.ahead(_name(message.object, pack), offset, length)
 
     def answer(self, key: int, *, failed: bool) -> None:  # noqa: ARG002  (the kernel sees for itself)
         """End a request that was handed on."""

@@ -25,7 +25,7 @@ import trio
 from erofsgen.erofs.node import Extent
 from erofsgen.errors import ErofsgenError, StorageError
 from erofsgen.host.daemon.lazypack import LazyPack
-from fusefallback.link import Link
+from fusefallback.link import Asked, Link
 from fusefallback.tuning import Tuning
 
 _logger: Final = logging.getLogger(__name__)
@@ -126,52 +126,24 @@ class Content:
 
     async def _have(self, pieces: Sequence[Piece]) -> None:
         """Return when all of it is in the host cache."""
-        missing = []
-        for device, start, length in pieces:
-            if not device:
-                continue
-            pack = self._packs[device - 1]
-            if not pack.whole:
+        missing: list[tuple[Piece, Asked]] = []
+        for piece in pieces:
+            device, start, length = piece
+            if device and not self._packs[device - 1].whole:
+                pack = self._packs[device - 1]
                 if not pack.ready(start, length):
-                    missing.append((pack, start, length))
-                ahead = pack.streams.read(start, length)
-                if ahead is not None:
-                    self._bring(device, *ahead)
-        if len(missing) == 1:
-            await self._fill(*missing[0])
-        elif missing:
-            failures: list[ErofsgenError] = []
-
-            async def fill(pack: ServedPack, start: int, length: int) -> None:
-                try:
-                    await self._fill(pack, start, length)
-                except ErofsgenError as error:
-                    failures.append(error)
-
-            async with trio.open_nursery() as nursery:
-                for wanted in missing:
-                    nursery.start_soon(fill, *wanted)
-            if failures:
-                raise failures[0]
-
-    async def _fill(self, pack: ServedPack, start: int, length: int) -> None:
-        await self._link.fill(pack.hex, start, length)
-        if not pack.ready(start, length):
-            raise StorageError(f"pack {pack.hex}: bytes {start}+{length} were brought, but are not there")
-        pack.whole = pack.complete
-
-    def _bring(self, device: int, start: int, length: int) -> None:
-        """Have a range brought before it is read; what reaches beyond the pack is looked for in the following one."""
-        pack = self._packs[device - 1]
-        pack.whole = pack.complete
-        if not pack.ready(start, length):
-            self._link.ahead(pack.hex, start, length)
-        beyond = start + length - pack.device_size
-        if beyond > 0 and device < len(self._packs):
-            following = self._packs[device]
-            following.streams.continued(beyond)
-            if not following.ready(0, beyond):
-                self._link.ahead(following.hex, 0, beyond)
+                    missing.append((piece, self._link.ask(pack.hex, start, length)))
+                following = self._packs[device] if device < len(self._packs) else None
+                for other, offset, size in pack.read(start, length, following):
+                    self._link.ahead(other.hex, offset, size)
+                    pack.whole = pack.complete
+        for (device, start, length), asked in missing:
+            assert device
+            pack = self._packs[device - 1]
+            await self._link.answer(asked)
+            if not pack.ready(start, length):
+                raise StorageError(f"pack {pack.hex}: bytes {start}+{length} were brought, but are not there")
+            pack.whole = pack.complete
 
     async def _read(self, piece: Piece) -> Bytes:
         device, start, length = piece

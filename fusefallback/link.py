@@ -42,7 +42,7 @@ class Link:
         self._root = root
         self._mount = mount
         self._keys = itertools.count(1)
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Asked] = {}
         self._channel: Channel | None = None
         self._needed = trio.Event()
         self._unsent = trio.Event()
@@ -81,22 +81,24 @@ class Link:
                 else:
                     await self._hear(self._channel)
 
-    async def fill(self, pack: str, offset: int, length: int) -> None:
-        """Return when a range of a pack is there. Raises RemoteError when it cannot be brought, or not in time."""
+    def ask(self, pack: str, offset: int, length: int) -> Asked:
+        """Have a range of a pack brought; :meth:`answer` waits until it is there."""
         key = next(self._keys)
-        waiting = _Waiting({"do": "fill", "key": key, "pack": pack, "offset": offset, "length": length})
-        self._waiting[key] = waiting
-        try:
-            if self._channel is None:
-                self._needed.set()
-            else:
-                self._send(waiting.message)
-            with trio.move_on_after(self.deadline + _GRACE):
-                await waiting.answered.wait()
-        finally:
-            del self._waiting[key]
-        if waiting.error is not None:
-            raise RemoteError(waiting.error)
+        asked = Asked({"do": "fill", "key": key, "pack": pack, "offset": offset, "length": length})
+        self._waiting[key] = asked
+        if self._channel is None:
+            self._needed.set()
+        else:
+            self._send(asked.message)
+        return asked
+
+    async def answer(self, asked: Asked) -> None:
+        """Return when the range is there. Raises RemoteError when it cannot be brought, or not in time."""
+        with trio.move_on_after(self.deadline + _GRACE):
+            await asked.answered.wait()
+        self._waiting.pop(asked.message["key"], None)
+        if asked.error is not None:
+            raise RemoteError(asked.error)
 
     def ahead(self, pack: str, offset: int, length: int) -> None:
         """Have a range brought that nobody waits for yet."""
@@ -131,7 +133,7 @@ class Link:
             return
         if received is not None:
             answer, _ = received
-            waiting = self._waiting.get(answer["key"])
+            waiting = self._waiting.pop(answer["key"], None)
             if waiting is not None:
                 waiting.error = answer["error"]
                 waiting.answered.set()
@@ -156,7 +158,7 @@ class Link:
             self._send(waiting.message)
 
 
-class _Waiting:
+class Asked:
     """A request: what was asked, and, once ``answered``, what went wrong."""
 
     def __init__(self, message: Message) -> None:

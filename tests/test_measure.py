@@ -69,3 +69,10 @@ def test_series_takes_medians_and_the_highest_peak(measure):
 def test_a_goal_at_least_is_met_from_its_target(measure):
     assert measure.Goal("g", 0.95, 0.95, at_least=True).met
     assert not measure.Goal("g", 0.949, 0.95, at_least=True).met
+
+
+def test_a_goal_without_a_value_is_not_met(measure, capsys):
+    goal = measure.Goal("g", None, 2, at_least=True)
+    assert goal.json() == '{"goal": "g", "value": null, "target": 2, "met": false}'
+    measure.print_goals([goal], as_json=False)
+    assert "no" in capsys.readouterr().out

@@ -1,7 +1,8 @@
-"""Debian's kernel packages, of whatever release, without touching the machine's own apt.
+"""Debian's packages, of whatever release, without touching the machine's own apt.
 
 A private view: apt with its own lists and cache below ``.cache/apt``, the machine's sources, and the suites of
-:data:`SUITES` that the machine does not name, from the mirror it takes its own from.
+:data:`SUITES` that the machine does not name, from the mirror it takes its own from. Benchmarks have another one, for
+the source of a program they compare with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,10 +94,15 @@ def newest_whole(images: Iterable[Package], others: Iterable[Package]) -> list[P
 
 
 class Apt:
-    """The private view. :meth:`update` reads the indexes; the rest works on what was read last."""
+    """The private view. :meth:`update` reads the indexes; the rest works on what was read last.
 
-    def __init__(self, root: Path = CACHE / "apt") -> None:
+    Of ``suites`` it has the packages, of ``sources``, suites too, the source packages.
+    """
+
+    def __init__(self, root: Path = CACHE / "apt", suites: Sequence[str] = SUITES, sources: Sequence[str] = ()) -> None:
         self.root = root
+        self._suites = suites
+        self._sources = sources
         self._environment = {"APT_CONFIG": str(root / "apt.conf")}
 
     def update(self) -> None:
@@ -105,7 +111,7 @@ class Apt:
         try:
             run("apt-get", "--quiet", "update", environment=self._environment)
         except Exception as error:
-            if not any((self.root / "lists").glob("*_Packages*")):
+            if not any((self.root / "lists").glob("*_Sources*" if self._sources else "*_Packages*")):
                 raise RemoteError(f"no package index can be read: {error}") from error
 
     def source(self, series: str) -> Package:
@@ -129,6 +135,12 @@ class Apt:
         (deb,) = set(directory.glob("*.deb")) - before
         return deb
 
+    def download_source(self, name: str, directory: Path) -> Path:
+        """Fetch a source package into ``directory``; apt checks what it gets. Returns the upstream archive."""
+        run("apt-get", "--quiet", "source", "--download-only", name, cwd=directory, environment=self._environment)
+        (archive,) = (path for path in directory.glob("*.orig.tar.*") if path.suffix != ".asc")
+        return archive
+
     def _show(self, names: list[str]) -> list[Package]:
         """Every version of these packages; names that no index has are passed over."""
         if not names:
@@ -143,10 +155,11 @@ class Apt:
         for name in ("lists/partial", "cache/archives/partial"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         uri, named = _machine()
+        entries = [("deb", suite) for suite in self._suites if suite not in named]
+        entries += [("deb-src", suite) for suite in self._sources]
         lines = [
-            f"deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {uri} {suite} main"
-            for suite in SUITES
-            if suite not in named
+            f"{kind} [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {uri} {suite} main"
+            for kind, suite in entries
         ]
         own = Path("/etc/apt/sources.list")
         if own.exists():

@@ -19,8 +19,8 @@ from erofsgen.host.cache.presence import Presence
 def cut_off(data: Path, *, but_served: bool = False) -> bool:
     """Cut a pack's data file off if it has holes and somebody has it open; says whether that was so.
 
-    ``but_served``: not where a FUSE server has it open, which reads no hole. EROFS has not opened that file, too: what
-    it had open lost its name when the server's first daemon started.
+    ``but_served``: not where a FUSE server has it open, which reads no hole. EROFS does not have that file open, too:
+    whatever it had open lost its name when the server's first daemon started.
 
     Its name goes as well: what is fetched later goes to a new file, never to one that an old mount has open, which
     would read that file's new holes. The map goes first, so that a crash in between leaves nothing that is counted on.

@@ -53,6 +53,25 @@ class LazyPack:
         self.presence.touch(first, last)
         return self.presence.ready(first, last)
 
+    def read(self, offset: int, length: int, following: LazyPack | None = None) -> list[tuple[LazyPack, int, int]]:
+        """Somebody reads device bytes ``[offset, offset + length)``; what to bring ahead of that, if anything.
+
+        That is ranges of this pack, and of ``following``, the one where large files go on.
+        """
+        ahead = self.streams.read(offset, length)
+        if ahead is None:
+            return []
+        wanted: list[tuple[LazyPack, int, int]] = []
+        start, size = ahead
+        if not self.ready(start, size):
+            wanted.append((self, start, min(size, self.device_size - start)))
+        beyond = start + size - self.device_size
+        if beyond > 0 and following is not None:
+            following.streams.continued(beyond)
+            if not following.ready(0, beyond):
+                wanted.append((following, 0, beyond))
+        return wanted
+
     def frame_at(self, offset: int) -> int:
         """The frame that holds the device's byte ``offset``."""
         return bisect_right(self.starts, offset) - 1
