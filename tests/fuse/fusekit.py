@@ -80,12 +80,11 @@ class Site:
 
     def servers(self) -> list[int]:
         """The processes that answer for mounts."""
-        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and pid not in self.starters()]
+        return servers(self.host.root)
 
     def starters(self) -> list[int]:
-        """What servers are forked from; it has their lock open."""
-        lock = os.fspath(self.host.root / "lock.servers")
-        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and lock in _open_files(pid)]
+        """What servers are forked from."""
+        return _starters(self.host.root)
 
     def clean(self) -> None:
         """Unmount everything; the servers end."""
@@ -100,6 +99,18 @@ class Site:
             while left := erofs_mounts_below(self.place):
                 linux.umount(left[-1].target, linux.MNT_DETACH)
             eventually(lambda: processes(self.host.root) == [])
+
+
+def servers(root: Path) -> list[int]:
+    """The processes that answer for mounts of a root."""
+    starters = _starters(root)
+    return [pid for pid in processes(root) if _is_fuse(pid) and pid not in starters]
+
+
+def _starters(root: Path) -> list[int]:
+    """Those that have the lock open."""
+    lock = os.fspath(root / "lock.servers")
+    return [pid for pid in processes(root) if _is_fuse(pid) and lock in _open_files(pid)]
 
 
 def _is_fuse(pid: int) -> bool:
