@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-from handmade import ImageMaker, erofs_mounts_below
+from handmade import ImageMaker, chunks_of, erofs_mounts_below
 from lazykit import Host, eventually, processes
 
 from erofsgen.erofs.reader import Index
+from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, Inode
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.mount.mounts import mounts, unmount
@@ -99,6 +101,14 @@ class Site:
             while left := erofs_mounts_below(self.place):
                 linux.umount(left[-1].target, linux.MNT_DETACH)
             eventually(lambda: processes(self.host.root) == [])
+
+
+def chunked(content: bytes, mode: int = 0o644) -> tuple[Inode, np.ndarray, list[bytes]]:
+    """A file in chunks on the first device, the table of these, and the chunks."""
+    chunks = chunks_of(content)
+    starts = np.cumsum([0, *(-(-len(chunk) // BLOCK) for chunk in chunks)])
+    table = np.array([(0, 0), *((1, int(start)) for start in starts[:-1])], CHUNK_DTYPE)
+    return Inode(stat.S_IFREG | mode, size=len(content), chunks=tuple(range(1, len(chunks) + 1))), table, chunks
 
 
 def servers(root: Path) -> list[int]:
