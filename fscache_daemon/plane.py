@@ -33,6 +33,7 @@ from erofsgen.host.cache.files import Layout
 from erofsgen.host.cache.objects import Key, Objects, Stored, is_digest, is_ours
 from erofsgen.host.daemon.journal import Entry
 from erofsgen.host.daemon.planes import Done, Introduction, Supervisor
+from erofsgen.host.daemon.writers import Writers
 from fscache_daemon import protocol
 from fscache_daemon.device import Device, Limits
 from fscache_daemon.names import index_named
@@ -75,6 +76,7 @@ class Plane:
         self._supervisor: Supervisor
         self._layout = Layout(root)
         self._objects = Objects(self._layout)
+        self._writers = Writers()
         self._read_ahead = read_ahead
         self._limits = Limits(int(brun), int(bcull), int(bstop))
         self._open: dict[int, OpenIndex | OpenPack] = {}
@@ -252,19 +254,30 @@ class Plane:
     # --- packs -------------------------------------------------------------------------------------------------------
 
     def introduce(self, pack: str) -> Introduction | None:
-        """The object's own descriptor, which writes only."""
+        """The object's own descriptor, which writes only; or that of a data file of the host cache."""
         hexadecimal, _, number = pack.partition(":")
-        found = self._open.get(int(number)) if number else None
+        if not number:
+            descriptor = self._writers.get(pack)
+            return None if descriptor is None else Introduction(descriptor, {})
+        found = self._open.get(int(number))
         if not isinstance(found, OpenPack):
             return None
         return Introduction(found.descriptor, {"of": hexadecimal, "map": os.fspath(found.map)})
 
-    def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:  # noqa: ARG002
-        """Nothing to do: the kernel asks when it mounts; and data files of the host cache can be written by anyone."""
-        done(None)
+    def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:
+        """Let the worker write to the host cache. Mounts need nothing: the kernel asks when it mounts."""
+        try:
+            for path in paths:
+                self._writers.use(mount, path)
+        except StorageError as error:
+            done(error)
+        else:
+            done(None)
 
     def made(self, mount: str) -> None:
-        pass
+        """The mount was made, or the worker has written what it wanted."""
+        for pack in self._writers.leave(mount):
+            self._supervisor.forget(pack)
 
     def completed(self, name: str) -> None:
         pass  # the kernel does not ask for what is there

@@ -18,16 +18,18 @@ import os
 import re
 import select
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from erofsgen.errors import StorageError
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.daemon.channel import Channel, Message
 from erofsgen.host.daemon.control import listen
 from erofsgen.host.daemon.journal import Entry
 from erofsgen.host.daemon.planes import Done, Introduction, Supervisor
+from erofsgen.host.daemon.writers import Writers
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Plane:
         self._servers: set[_Server] = set()
         self._keys = itertools.count(1)
         self._asked: dict[int, tuple[_Server, int]] = {}  # by our key: who, and its own key
-        self._writers: dict[str, int] = {}  # data files of packs that are being filled, open for writing
+        self._writers = Writers()
 
     def attach(self, supervisor: Supervisor) -> None:
         """Must come before anything else."""
@@ -169,37 +171,45 @@ class Plane:
         self._supervisor.unwatch(server.channel.fileno())
         server.channel.close()
         server.waiting.clear()
-        for pack in server.packs:
-            if not any(pack in other.packs for other in self._servers):
-                self._supervisor.forget(pack)
-                os.close(self._writers.pop(pack))
+        self._leave(server)
 
     # --- packs -------------------------------------------------------------------------------------------------------
 
     def _use(self, server: _Server, pack: str) -> str | None:
         """A server has bytes of a pack brought. Returns why that cannot be."""
-        if pack not in self._writers:
+        if pack not in server.packs:
             files = self._layout.find(pack)
             if files is None:
                 return f"pack {pack}: not in the cache"
             try:
-                self._writers[pack] = os.open(files.data, os.O_RDWR | os.O_CLOEXEC)
-            except OSError as error:
-                return f"{files.data}: {error.strerror}"
-        server.packs.add(pack)
+                self._writers.use(server, files.data)
+            except StorageError as error:
+                return str(error)
+            server.packs.add(pack)
         return None
+
+    def _leave(self, user: Hashable) -> None:
+        for pack in self._writers.leave(user):
+            self._supervisor.forget(pack)
 
     def introduce(self, pack: str) -> Introduction | None:
         """The data file, open for writing."""
         descriptor = self._writers.get(pack)
         return None if descriptor is None else Introduction(descriptor, {})
 
-    def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:  # noqa: ARG002
-        """Nothing to do: anyone may write to data files."""
-        done(None)
+    def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:
+        """Let the worker write to packs, whether a server asks for them or not."""
+        try:
+            for path in paths:
+                self._writers.use(mount, path)
+        except StorageError as error:
+            done(error)
+        else:
+            done(None)
 
     def made(self, mount: str) -> None:
-        pass
+        """The mount was made, or the worker has written what it wanted."""
+        self._leave(mount)
 
     def completed(self, name: str) -> None:
         pass  # servers see for themselves

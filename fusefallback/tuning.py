@@ -29,6 +29,8 @@ class Tuning(NamedTuple):
     """
     direct: bool = True
     """Packs below EROFS are cached by EROFS alone, and not by FUSE as well."""
+    hasten: bool = True
+    """Requests that wait already are read without a turn of the event loop for each."""
     collect: bool = False
     """Leave Python's garbage collector to look through all that was made at the start, again and again."""
 

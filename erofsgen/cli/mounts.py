@@ -59,7 +59,7 @@ def _repair(settings: Settings) -> int:
     for mount, error in repair(settings.root):
         if error is not None:
             code = error.exit_code
-            click.echo(f"error: {output.one_line(f'{mount.target}: not repaired: {error}')}", err=True)
+            click.echo(f"erofsgen: error: {output.one_line(f'{mount.target}: not repaired: {error}')}", err=True)
         elif not settings.quiet:
             click.echo(f"repaired {output.printable(mount.target)}", err=True)
     return code

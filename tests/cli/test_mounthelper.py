@@ -44,6 +44,15 @@ def mount(helper, sample, mount_point):
     return call
 
 
+@pytest.fixture
+def fuse_options(own_sample, mount_point):
+    """Options for the store and a host of the test's own, whose daemon is of the plane fuse."""
+    yield f"store={own_sample.store},root={own_sample.root}"
+    if os.path.ismount(mount_point):
+        subprocess.run(["umount", "--lazy", mount_point], check=True)
+    own_sample("daemon", "--stop", "--force")
+
+
 def the_mount(target: Path) -> linux.MountPoint:
     (point,) = [point for point in linux.mount_points() if point.target == str(target)]
     return point
@@ -158,3 +167,37 @@ def test_every_generic_option_is_understood():
         "async,sync,dirsync,relatime,norelatime,noatime,nodiratime,strictatime,lazytime,suid,dev,exec,silent,loud"
     )
     assert parse(["i", "/d", "-o", generic]).attributes == set()
+
+
+@pytest.mark.mount
+class TestFuse:
+    """``mount.fuse.erofsgen``: by the type ``fuse.erofsgen``, or through libfuse's mount.fuse3."""
+
+    @pytest.fixture
+    def link(self, require_root):
+        link = LINK.with_name("mount.fuse.erofsgen")
+        if os.path.lexists(link):
+            pytest.skip(f"{link} is not ours")
+        link.symlink_to(HELPER.with_name(link.name))
+        yield
+        link.unlink()
+
+    def test_by_type(self, link, fuse_options, mount_point):
+        options = f"ro,noexec,{fuse_options}"
+        subprocess.run(["mount", "-t", "fuse.erofsgen", "sample:1", mount_point, "-o", options], check=True)
+        assert (mount_point / "data/small").read_text() == "a few bytes\n"
+        assert the_mount(mount_point).fstype == "fuse.erofsgen"
+        assert {"ro", "noexec"} <= set(the_mount(mount_point).options.split(","))
+        subprocess.run(["umount", mount_point], check=True)
+
+    def test_by_mount_fuse3(self, fuse_options, mount_point):
+        path = f"{HELPER.parent}:{os.environ['PATH']}"
+        command = ["mount.fuse3", "mount.fuse.erofsgen#sample:1", mount_point, "-o", f"ro,{fuse_options}"]
+        subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+        assert (mount_point / "data/small").read_text() == "a few bytes\n"
+        assert the_mount(mount_point).fstype == "fuse.erofsgen"
+        subprocess.run(["umount", mount_point], check=True)
+
+    def test_another_plane_may_be_named(self):
+        assert parse(["image", "dir", "-o", "ro"], "fuse").plane == "fuse"
+        assert parse(["image", "dir", "-o", "plane=blockfuse"], "fuse").plane == "blockfuse"

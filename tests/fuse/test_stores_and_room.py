@@ -16,6 +16,7 @@ from lazykit import Reader, eventually
 
 from erofsgen.cli.main import run
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.pull import complete
 from erofsgen.store.directory import DirectoryStore
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("require_root")]
@@ -125,3 +126,24 @@ def test_what_a_server_has_open_stays_in_the_cache(site: Site, wide: Sample, tmp
     eventually(cleared)
     again = site.mount(wide.image)
     assert read_tree(again) == wide.files
+
+
+@ONLY_FUSE
+def test_what_a_command_has_completed_can_be_removed(site: Site, wide: Sample) -> None:
+    """The daemon lets go of packs that it has filled for a command, although nothing was ever mounted."""
+    if not site.daemon():
+        site.start()
+    cached = site.cache.add(wide.image)
+    complete(site.cache, cached, wide.image)
+    assert all(site.cache.files(pack.hex).data.stat().st_blocks for pack in wide.image.packs)
+    run(["--root", str(site.host.root), "--store", str(site.store), "cache", "clear"])
+    assert not any(site.cache.layout.find(pack.hex) for pack in wide.image.packs)
+
+
+@ONLY_FUSE
+def test_completing_does_not_disturb_readers(site: Site, wide: Sample) -> None:
+    target = site.mount(wide.image)
+    reader = Reader(target / "two", 0, 40 * CHUNK)
+    complete(site.cache, site.cache.open_image(wide.image.digest), wide.image)
+    assert reader.get() == wide.files["two"][: 40 * CHUNK]  # type: ignore[index]
+    assert read_tree(target) == wide.files
