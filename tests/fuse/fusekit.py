@@ -41,6 +41,7 @@ VARIANTS = {
 }
 
 ONLY_FUSE = pytest.mark.parametrize("variant", ["fuse"], indirect=True, scope="session")
+EACH_PLANE = pytest.mark.parametrize("variant", ["fuse", "blockfuse"], indirect=True, scope="session")
 
 
 class Site:

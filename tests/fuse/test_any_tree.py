@@ -110,7 +110,7 @@ def reply_of_lists() -> Iterator[None]:
         yield
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=40)
 @given(trees(), st.data())
 def test_the_kernel_is_told_what_the_reader_has(
     packs: Packs, reply_of_lists: None, root: Inode, data: st.DataObject

@@ -141,7 +141,7 @@ def test_no_device(image, host: Host, mount_point: Path, monkeypatch, tmp_path: 
 
 
 @pytest.mark.mount
-@BOTH
+@pytest.mark.parametrize("host", ["blockfuse"], indirect=True)
 def test_a_server_that_cannot_start_leaves_no_mount(image, host: Host, mount_point: Path, monkeypatch) -> None:
     monkeypatch.setenv("EROFSGEN_FUSE", "speed=all")
     with pytest.raises(Exception, match="'speed=all' is no setting"):
@@ -153,7 +153,7 @@ def test_a_server_that_cannot_start_leaves_no_mount(image, host: Host, mount_poi
 
 
 @pytest.mark.mount
-@BOTH
+@pytest.mark.parametrize("host", ["fuse"], indirect=True)
 def test_a_damaged_table_of_contents(image, host: Host, mount_point: Path) -> None:
     """The server says what is wrong, in the words of who looked."""
     host.mount(image, mount_point)

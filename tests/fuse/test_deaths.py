@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from fusekit import ONLY_FUSE, Site
+from fusekit import EACH_PLANE, ONLY_FUSE, Site
 from handmade import CHUNK, Sample, erofs_mounts_below, make_wide, read_tree
 from lazykit import Host, Reader, eventually
 
@@ -179,6 +179,7 @@ def test_all_of_the_daemon_killed(own_site: Site) -> None:
     eventually(lambda: site.servers() == [])
 
 
+@EACH_PLANE
 def test_a_stopped_daemon_takes_its_mounts_away(own_site: Site) -> None:
     site, wide = own_site, make_wide(own_site.maker)
     target = site.mount(wide.image, read_ahead=128)

@@ -31,14 +31,14 @@ class Supervisor:
         self.listening.listen()
 
     async def accept(self) -> socket.socket:
-        end = await trio.to_thread.run_sync(lambda: self.listening.accept()[0])
+        end = await trio.to_thread.run_sync(lambda: self.listening.accept()[0], abandon_on_cancel=True)
         assert await self.hear(end) == {"do": "hello", "mount": "m"}
         self.say(end, {"deadline": 0.2, "read_ahead": 5})
         return end
 
     async def hear(self, end: socket.socket) -> Any:
         end.settimeout(WAIT)
-        return json.loads(await trio.to_thread.run_sync(end.recv, 1 << 16))
+        return json.loads(await trio.to_thread.run_sync(end.recv, 1 << 16, abandon_on_cancel=True))
 
     def say(self, end: socket.socket, message: dict[str, Any]) -> None:
         end.send(json.dumps(message).encode())
@@ -52,7 +52,7 @@ def test_what_waits_is_told_to_the_next_supervisor(tmp_path: Path) -> None:
 
         async def fill(name: str, offset: int) -> None:
             try:
-                await link.fill("p", offset, 10)
+                await link.answer(link.ask("p", offset, 10))
                 results[name] = None
             except RemoteError as error:
                 results[name] = error
@@ -106,7 +106,7 @@ def test_a_link_whose_supervisor_is_gone_for_good(tmp_path: Path) -> None:
             end.close()
             for _ in range(3):
                 with trio.fail_after(WAIT), pytest.raises(RemoteError, match="no daemon is running"):
-                    await link.fill("p", 0, 10)
+                    await link.answer(link.ask("p", 0, 10))
                 link.ahead("p", 0, 10)
             nursery.cancel_scope.cancel()
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fusekit import VARIANTS, Site, outcome
+from fusekit import ONLY_FUSE, Site, Variant, outcome
 from handmade import CHUNK, Sample, chunks_of, contents, make_wide
 from lazykit import WAIT, Reader, eventually
 
@@ -211,10 +211,10 @@ def test_direct_reads(odd: tuple[Path, Sample]) -> None:
                 assert got == content[offset : offset + length], (name, offset, length)
 
 
-@pytest.mark.parametrize("name", ["fuse", "loop"])
-def test_sequential_readers_find_what_they_want_there(make_site: Callable[..., Site], name: str) -> None:
+@ONLY_FUSE
+def test_sequential_readers_find_what_they_want_there(make_site: Callable[..., Site], variant: Variant) -> None:
     """With read-ahead, and files that go on in the next pack."""
-    site = make_site(VARIANTS[name], read_ahead=32 << 20)
+    site = make_site(variant, read_ahead=32 << 20)
     wide = make_wide(site.maker)
     target = site.mount(wide.image, read_ahead=128)
     content = wide.files["all"]

@@ -143,6 +143,8 @@ def namespace(tmp_path_factory: pytest.TempPathFactory, require_root: None) -> I
         if user.run(PROGRAM, "--version", code=None).returncode:
             pytest.skip("others may not read this repository, or its interpreter")
         yield user
+        Host(user.root, "fuse").end()
+        eventually(lambda: processes(user.root) == [])
     finally:
         for stream in (holder.stdin, holder.stdout, holder.stderr):
             stream.close()
@@ -168,15 +170,20 @@ def stored(namespace: Plain) -> None:
 
 @pytest.fixture
 def plain(namespace: Plain, stored: None) -> Iterator[Plain]:
-    """The user. Nothing of theirs is left afterwards."""
+    """The user. Nothing of theirs is mounted afterwards."""
     namespace.run("mkdir", "-p", namespace.target)
-    try:
-        yield namespace
-    finally:
-        Host(namespace.root, "fuse").end()
-        namespace.run("umount", "-l", namespace.target, root=True, code=None)
-        eventually(lambda: processes(namespace.root) == [])
-        shutil.rmtree(namespace.root, ignore_errors=True)
+    yield namespace
+    namespace.run("umount", "-l", namespace.target, root=True, code=None)
+    eventually(lambda: servers(namespace.root) == [])
+
+
+def test_auto_is_fuse(plain: Plain) -> None:
+    """While no daemon says otherwise."""
+    assert processes(plain.root) == []
+    said = plain.erofsgen("mount", "small", plain.target).stderr
+    assert len([line for line in said.splitlines() if "plane fuse" in line and "blockfuse: " in line]) == 1
+    assert plain.hash("large") == HASH
+    plain.erofsgen("umount", plain.target)
 
 
 def test_a_mount_of_a_plain_users(plain: Plain) -> None:
@@ -187,7 +194,7 @@ def test_a_mount_of_a_plain_users(plain: Plain) -> None:
     assert "Permission denied" in plain.run("cat", plain.target / "secret", code=1).stderr
     (mounted,) = plain.mounts()
     assert (mounted["plane"], mounted["how"], mounted["rw"]) == ("fuse", "fuse", False)
-    (line,) = [line for line in plain.run("cat", "/proc/mounts").stdout.splitlines() if "fuse.erofsgen" in line]
+    (line,) = [line for line in plain.run("cat", "/proc/mounts").stdout.splitlines() if str(plain.target) in line]
     assert line.startswith(f"small {plain.target} fuse.erofsgen ro,nosuid,nodev")
     for pid in processes(plain.root):
         assert os.stat(f"/proc/{pid}").st_uid == USER
@@ -198,13 +205,6 @@ def test_a_mount_of_a_plain_users(plain: Plain) -> None:
     eventually(lambda: servers(plain.root) == [])
     assert plain.run("ls", plain.target).stdout == ""
     plain.erofsgen("daemon", "--stop")
-
-
-def test_auto_is_fuse(plain: Plain) -> None:
-    said = plain.erofsgen("mount", "small", plain.target).stderr
-    assert len([line for line in said.splitlines() if "plane fuse" in line and "blockfuse: " in line]) == 1
-    assert plain.hash("large") == HASH
-    plain.erofsgen("umount", plain.target)
 
 
 def test_a_top_that_the_user_may_not_read(plain: Plain) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fusekit import ONLY_FUSE, Site
+from fusekit import EACH_PLANE, ONLY_FUSE, Site, Variant
 from handmade import CHUNK, Sample, make_wide, read_tree
 from lazykit import Reader, eventually
 
@@ -26,7 +26,7 @@ def is_eio(result: bytes | OSError) -> bool:
     return isinstance(result, OSError) and result.errno == errno.EIO
 
 
-def test_a_store_that_is_away(site: Site, wide: Sample, tmp_path: Path) -> None:
+def test_a_store_that_is_away(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
     assert Reader(target / "two", 0, CHUNK).get() == wide.files["two"][:CHUNK]  # type: ignore[index]
     away = site.store.with_name("away")
@@ -45,7 +45,7 @@ def test_a_store_that_is_away(site: Site, wide: Sample, tmp_path: Path) -> None:
 
 
 @ONLY_FUSE
-def test_a_read_does_not_outlive_its_deadline(make_site: Callable[..., Site], variant, wide_called) -> None:
+def test_a_read_does_not_outlive_its_deadline(make_site: Callable[..., Site], variant: Variant) -> None:
     site = make_site(variant, deadline=1)
     wide = make_wide(site.maker)
     target = site.mount(wide.image, read_ahead=128)
@@ -84,6 +84,7 @@ def test_a_bad_frame_is_never_seen(site: Site, wide: Sample) -> None:
     assert read_tree(target) == wide.files
 
 
+@EACH_PLANE
 def test_a_full_cache_is_an_error_and_heals(own_site: Site) -> None:
     """Half of the image fits: nothing in use is given up; once it is not in use, it makes room for another."""
     site, wide = own_site, make_wide(own_site.maker)
@@ -101,7 +102,7 @@ def test_a_full_cache_is_an_error_and_heals(own_site: Site) -> None:
     assert cache.layout.allocated() <= 8 << 20
 
 
-def test_what_a_server_has_open_stays_in_the_cache(site: Site, wide: Sample, tmp_path: Path) -> None:
+def test_what_a_server_has_open_stays_in_the_cache(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image)
     right = wide.files["one"]
     assert isinstance(right, bytes)
