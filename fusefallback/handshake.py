@@ -44,6 +44,8 @@ def shake_hands(device: int, tuning: Tuning, answer: Callable[[int], None]) -> i
     Raises UnsupportedError, OSError (the mount is gone).
     """
     request = os.read(device, _BUFFER)
+    if len(request) < _IN_HEADER.size + _INIT_IN.size:
+        raise UnsupportedError(f"the kernel's first request has {len(request)} bytes")
     _, opcode, unique, *_ = _IN_HEADER.unpack_from(request)
     if opcode != _INIT:
         raise UnsupportedError(f"the kernel's first request has opcode {opcode}")
@@ -53,8 +55,8 @@ def shake_hands(device: int, tuning: Tuning, answer: Callable[[int], None]) -> i
         ours.send(request)
         answer(descriptor)
         reply = ours.recv(_BUFFER)
-    length, error, replied = _OUT_HEADER.unpack_from(reply)
-    if error or replied != unique or length < _OUT_HEADER.size + _INIT_OUT.size:
+    _, error, replied = _OUT_HEADER.unpack_from(reply.ljust(_OUT_HEADER.size, b"\0"))
+    if error or replied != unique or len(reply) < _OUT_HEADER.size + _INIT_OUT.size:
         raise UnsupportedError(f"libfuse and the kernel do not agree: {os.strerror(-error)}")
     os.write(device, _improved(request, reply, tuning))
     os.dup2(device, descriptor, inheritable=False)

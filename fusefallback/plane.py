@@ -13,6 +13,9 @@ What dies, and what is left:
 from __future__ import annotations
 
 import itertools
+import logging
+import os
+import re
 import select
 import socket
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
@@ -28,7 +31,12 @@ from erofsgen.host.daemon.journal import Entry
 from erofsgen.host.daemon.planes import Done, Introduction, Supervisor
 from erofsgen.host.daemon.writers import Writers
 
+_logger: Final = logging.getLogger(__name__)
+
 SOCKET: Final = "fuse.sock"
+_PACK: Final = re.compile("[0-9a-f]{64}")
+_FAR: Final = 1 << 63
+"""Bytes; no device is as large."""
 _AGAIN: Final = 0.005
 """Seconds until a server that is behind is told again."""
 
@@ -106,21 +114,30 @@ class Plane:
                 received = server.channel.receive()
                 if received is None:
                     self._gone(server)
-                else:
-                    self._heard(server, received[0])
+                    return
+                message, descriptors = received
+                for descriptor in descriptors:  # nobody has any to give
+                    os.close(descriptor)
+                self._heard(server, message)
         except BlockingIOError:
             pass
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            _logger.error("not a message of a server: %s: %s", type(error).__name__, error)
+            self._gone(server)
 
     def _heard(self, server: _Server, message: Message) -> None:
         match message["do"]:
             case "hello":
-                server.mount = message["mount"]
+                server.mount = str(message["mount"])
                 self._say(server, {"deadline": self._supervisor.deadline, "read_ahead": self._read_ahead})
             case "fill":
-                self._fill(server, message["key"], message["pack"], message["offset"], message["length"])
+                self._fill(server, int(message["key"]), *_range(message))
             case "ahead":
-                if self._use(server, message["pack"]) is None:
-                    self._supervisor.ahead(message["pack"], message["offset"], message["length"])
+                pack, offset, length = _range(message)
+                if self._use(server, pack) is None:
+                    self._supervisor.ahead(pack, offset, length)
+            case unknown:
+                raise ValueError(unknown)
 
     def _fill(self, server: _Server, theirs: int, pack: str, offset: int, length: int) -> None:
         error = self._use(server, pack)
@@ -217,6 +234,16 @@ class Plane:
         with suppress(OSError):
             (self._layout.root / SOCKET).unlink()
         done([])
+
+
+def _range(message: Message) -> tuple[str, int, int]:
+    """The pack, offset and length of a message. Raises KeyError, TypeError, ValueError."""
+    pack, offset, length = message["pack"], message["offset"], message["length"]
+    if not isinstance(pack, str) or type(offset) is not int or type(length) is not int:
+        raise TypeError(message)
+    if not _PACK.fullmatch(pack) or offset < 0 or length < 0 or offset + length > _FAR:
+        raise ValueError(message)
+    return pack, offset, length
 
 
 class BlockPlane(Plane):

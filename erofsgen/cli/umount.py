@@ -10,7 +10,7 @@ from erofsgen.cli.shared import Settings, verb
 
 
 @verb()
-@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DIR", type=click.Path(readable=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Detach it even while it is in use.")
 def command(settings: Settings, target: Path, force: bool) -> None:
     """Unmount an image.

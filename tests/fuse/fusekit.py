@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
-from handmade import ImageMaker, erofs_mounts_below
+from handmade import ImageMaker, chunks_of, erofs_mounts_below
 from lazykit import Host, eventually, processes
 
 from erofsgen.erofs.reader import Index
+from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, Inode
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.mount.mounts import mounts, unmount
@@ -80,12 +82,11 @@ class Site:
 
     def servers(self) -> list[int]:
         """The processes that answer for mounts."""
-        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and pid not in self.starters()]
+        return servers(self.host.root)
 
     def starters(self) -> list[int]:
-        """What servers are forked from; it has their lock open."""
-        lock = os.fspath(self.host.root / "lock.servers")
-        return [pid for pid in processes(self.host.root) if _is_fuse(pid) and lock in _open_files(pid)]
+        """What servers are forked from."""
+        return _starters(self.host.root)
 
     def clean(self) -> None:
         """Unmount everything; the servers end."""
@@ -100,6 +101,26 @@ class Site:
             while left := erofs_mounts_below(self.place):
                 linux.umount(left[-1].target, linux.MNT_DETACH)
             eventually(lambda: processes(self.host.root) == [])
+
+
+def chunked(content: bytes, mode: int = 0o644) -> tuple[Inode, np.ndarray, list[bytes]]:
+    """A file in chunks on the first device, the table of these, and the chunks."""
+    chunks = chunks_of(content)
+    starts = np.cumsum([0, *(-(-len(chunk) // BLOCK) for chunk in chunks)])
+    table = np.array([(0, 0), *((1, int(start)) for start in starts[:-1])], CHUNK_DTYPE)
+    return Inode(stat.S_IFREG | mode, size=len(content), chunks=tuple(range(1, len(chunks) + 1))), table, chunks
+
+
+def servers(root: Path) -> list[int]:
+    """The processes that answer for mounts of a root."""
+    starters = _starters(root)
+    return [pid for pid in processes(root) if _is_fuse(pid) and pid not in starters]
+
+
+def _starters(root: Path) -> list[int]:
+    """Those that have the lock open."""
+    lock = os.fspath(root / "lock.servers")
+    return [pid for pid in processes(root) if _is_fuse(pid) and lock in _open_files(pid)]
 
 
 def _is_fuse(pid: int) -> bool:

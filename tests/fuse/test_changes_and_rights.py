@@ -12,13 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from fusekit import Site, outcome
-from handmade import CHUNK, chunks_of
+from fusekit import Site, chunked, outcome
 from sampletree import GROUP_OBJ, MASK, NOBODY, OTHER, USER, USER_OBJ, acl, directory, small, symlink
-
-from erofsgen.erofs.tree import CHUNK_DTYPE, Inode
 
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("require_root")]
 
@@ -37,18 +33,9 @@ def acl_of(entries: bytes) -> tuple[tuple[bytes, bytes], ...]:
     return ((b"system.posix_acl_access", entries),)
 
 
-def chunked(data: bytes, mode: int) -> tuple[Inode, np.ndarray, list[bytes]]:
-    """A file in chunks, the table of these, and the chunks."""
-    chunks = chunks_of(data)
-    starts = np.cumsum([0, *(-(-len(chunk) // 4096) for chunk in chunks)])
-    table = np.array([(0, 0), *((1, int(start)) for start in starts[:-1])], CHUNK_DTYPE)
-    return Inode(mode, size=len(data), chunks=tuple(range(1, len(chunks) + 1))), table, chunks
-
-
 @pytest.fixture(scope="module")
 def mounted(shared: Site) -> Iterator[Path]:
-    program, table, chunks = chunked(PROGRAM.read_bytes(), stat.S_IFREG | 0o755)
-    assert len(chunks) > 0
+    program, table, chunks = chunked(PROGRAM.read_bytes(), 0o755)
     root = directory(
         {
             b"program": program,
@@ -70,7 +57,7 @@ def mounted(shared: Site) -> Iterator[Path]:
             b"link": symlink(b"file"),
         }
     )
-    image = shared.maker.publish("rights", root, table, [shared.maker.pack(chunks)], chunk_size=CHUNK)
+    image = shared.maker.publish("rights", root, table, [shared.maker.pack(chunks)])
     target = shared.mount(image, "rights")
     yield target
     shared.unmount(target, force=True)

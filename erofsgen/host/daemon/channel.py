@@ -52,12 +52,20 @@ class Channel:
         return True
 
     def receive(self) -> tuple[Message, list[int]] | None:
-        """The next message and its descriptors; None at the end. Raises BlockingIOError where it does not block."""
+        """The next message and its descriptors; None at the end.
+
+        Raises BlockingIOError where it does not block, ValueError and RecursionError (no JSON).
+        """
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, LIMIT, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return None
-        return (json.loads(data), descriptors) if data else None
+        try:
+            return (json.loads(data), descriptors) if data else None
+        except (RecursionError, ValueError):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
     def close(self) -> None:
         """Close it and forget what was not sent."""

@@ -129,7 +129,7 @@ class ControlServer:
                 self._command(connection, command)
             except ErofsgenError as error:
                 connection.fail(error)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, RecursionError, TypeError, ValueError) as error:
                 connection.fail(UsageError(f"not a command: {type(error).__name__}: {error}"))
 
     def _drop(self, connection: Connection) -> None:

@@ -57,7 +57,6 @@ class Served:
     """
 
     def __init__(self, name: str, serve: Callable[[int], Server], options: Sequence[str], *, at: Path | None) -> None:
-        require()
         device = open_device() if at is None else attach_as_user(at, name, options)
         try:
             if at is None:

@@ -27,7 +27,7 @@ from erofsgen.host.cache.part import settle, storage
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.daemon.mounted import take_away
 from erofsgen.host.mount import superblock
-from erofsgen.host.mount.fuse import FLAT, Served, start_server
+from erofsgen.host.mount.fuse import FLAT, Served, require, start_server
 from erofsgen.host.mount.holders import holders
 from erofsgen.host.mount.overlay import Upper
 from erofsgen.host.mount.state import How, MountInfo, MountStates, Plane, namespace
@@ -82,6 +82,8 @@ def mount(
         raise UnsupportedError("only root can mount read-write", hint="leave --rw and --upper away")
     if plane != "fuse":
         superblock.require()
+    if plane in ("fuse", "blockfuse"):
+        require()
     states = MountStates(root)
     if states.hides(target):
         raise UsageError(f"{target}: in the way of the host cache {states.root}", hint="mount somewhere else")
