@@ -18,8 +18,9 @@ _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class Tuning(NamedTuple):
     """The settings, by the names that the environment has for them."""
 
-    max_read: int = 4 << 20
-    """Bytes of a read that are asked for; the kernel allows ``fs.fuse.max_pages_limit``, 1 MiB by default."""
+    max_read: int = 2 << 20
+    """Bytes of a read that are asked for; the kernel allows ``fs.fuse.max_pages_limit``, see
+    :func:`erofsgen.host.mount.fuse.allow_large_reads`."""
     background: int = 256
     """Reads ahead of somebody that may wait here."""
     reply: str = "mapped"
