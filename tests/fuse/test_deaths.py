@@ -117,6 +117,40 @@ def load(target: Path, sample: Sample) -> Iterator[None]:
         readers.end()
 
 
+def test_a_server_killed_under_load(site: Site, wide: Sample) -> None:
+    """Every read has an end: right bytes, or the error."""
+    target = site.mount(wide.image, read_ahead=128)
+    lost = LOST[site.variant.plane]
+    killed = threading.Event()
+
+    def read(seed: int) -> int:
+        chance = random.Random(seed)
+        after = failed = 0
+        while after < 3:
+            after += killed.is_set()
+            name = chance.choice(list(wide.files))
+            content = wide.files[name]
+            assert isinstance(content, bytes)
+            offset, length = chance.randrange(len(content)), chance.choice([1, 4096, 100_000, 600_000])
+            got = Reader(target / name, offset, length).get()
+            if isinstance(got, OSError):
+                assert killed.is_set()
+                assert got.errno in lost
+                failed += 1
+            else:
+                assert got == content[offset : offset + length], (name, offset, length)
+        return failed
+
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(read, seed) for seed in range(16)]
+        eventually(lambda: site.host.engine()["frames"] > 0)
+        time.sleep(0.1)
+        assert site.info.server is not None
+        killed.set()
+        os.kill(site.info.server[0], signal.SIGKILL)
+        assert sum(ended.result(60) for ended in running) > 0
+
+
 def test_a_daemon_killed_under_load(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
     denied = site.host.status()["denied"]
