@@ -24,6 +24,7 @@ import trio
 
 from erofsgen.erofs.node import Extent
 from erofsgen.errors import ErofsgenError, StorageError
+from erofsgen.host import linux
 from erofsgen.host.daemon.lazypack import LazyPack
 from fusefallback.link import Asked, Link
 from fusefallback.tuning import Tuning
@@ -34,6 +35,8 @@ Bytes = bytes | bytearray | memoryview
 
 _PAGE: Final = mmap.PAGESIZE
 _libc: Final = ctypes.CDLL(None)
+_HAS_CACHESTAT: Final = linux.kernel_version() >= (6, 5)
+"""mincore takes three times as long."""
 
 
 class Piece(NamedTuple):
@@ -84,9 +87,11 @@ class ServedPack(LazyPack):
         self.whole = self.complete
 
     def is_in_memory(self, offset: int, length: int) -> bool:
-        """Whether a range can be read without the disk: mincore(2)."""
+        """Whether a range can be read without the disk, as far as the kernel tells: cachestat(2), mincore(2)."""
         start = offset & -_PAGE
         pages = -(-(offset + length - start) // _PAGE)
+        if _HAS_CACHESTAT:
+            return linux.pages_cached(self.descriptor, start, pages * _PAGE) == pages
         found = ctypes.create_string_buffer(pages)
         size = ctypes.c_size_t(pages * _PAGE)
         return not _libc.mincore(ctypes.c_void_p(self._address + start), size, found) and b"\0" not in found.raw

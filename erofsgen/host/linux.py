@@ -49,6 +49,7 @@ MOUNT_ATTR_NOSUID: Final = 2  # linux/mount.h
 MOUNT_ATTR_RDONLY: Final = 1  # linux/mount.h
 MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4  # linux/mount.h
 MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40  # linux/mount.h
+NR_CACHESTAT: Final = 451  # asm-generic/unistd.h
 NR_FSCONFIG: Final = 431  # asm-generic/unistd.h
 NR_FSMOUNT: Final = 432  # asm-generic/unistd.h
 NR_FSOPEN: Final = 430  # asm-generic/unistd.h
@@ -64,6 +65,8 @@ IOPRIO_CLASS_SHIFT: Final = 13
 IOPRIO_WHO_PROCESS: Final = 1
 _NR_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 
+_CACHESTAT_RANGE: Final = struct.Struct("=QQ")  # struct cachestat_range: off, len
+_CACHESTAT: Final = struct.Struct("=5Q")  # struct cachestat: nr_cache first
 FSCONFIG_STRING_LIMIT: Final = 255
 """Bytes a string parameter may have: fs/fsopen.c copies 256 with the NUL."""
 
@@ -198,6 +201,18 @@ def fanotify_mark(group: int, flags: int, mask: int, descriptor: int) -> None:
     """
     if _libc.fanotify_mark(group, flags, mask, descriptor, None) < 0:
         _raise(None)
+
+
+def pages_cached(descriptor: int, offset: int, length: int) -> int:
+    """How many pages of a file's range are in the page cache, some of them perhaps on their way there (cachestat(2)).
+
+    Linux 6.5; raises OSError with ENOSYS before that.
+    """
+    wanted = _CACHESTAT_RANGE.pack(offset, length)
+    found = ctypes.create_string_buffer(_CACHESTAT.size)
+    _call(None, NR_CACHESTAT, descriptor, wanted, ctypes.addressof(found), 0)
+    cached: int = _CACHESTAT.unpack(found)[0]
+    return cached
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:

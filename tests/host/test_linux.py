@@ -96,3 +96,18 @@ def test_the_kernel_says_why(require_root):
         assert linux.fscontext_log(context) == []
     finally:
         os.close(context)
+
+
+@pytest.mark.skipif(linux.kernel_version() < (6, 5), reason="cachestat(2) came with Linux 6.5")
+def test_pages_of_a_file_that_are_cached(tmp_path):
+    page = os.sysconf("SC_PAGE_SIZE")
+    with open(tmp_path / "file", "wb+") as file:
+        file.write(bytes(8 * page))
+        file.flush()
+        assert linux.pages_cached(file.fileno(), 0, 8 * page) == 8
+        assert linux.pages_cached(file.fileno(), 6 * page, 8 * page) == 2
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert linux.pages_cached(file.fileno(), 0, 8 * page) == 0
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        linux.pages_cached(-1, 0, page)
