@@ -43,7 +43,7 @@ _BY_HAND: Final = 64
 
 READ_AHEAD: Final = 512
 """KiB that EROFS reads ahead of a sequential reader of a lazy mount, by measurement: see docs/decisions.md."""
-FUSE_READ_AHEAD: Final = 4096
+FUSE_READ_AHEAD: Final = 1024
 """KiB that FUSE reads ahead, by measurement, too."""
 
 
