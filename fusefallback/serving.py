@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import mmap
 import os
@@ -81,9 +80,6 @@ def serve(order: Order, device: int, ready: Callable[[], None]) -> None:
         session = Session(operations, device, tuning)
     except OSError as error:
         raise StorageError(f"the kernel does not answer: {error.strerror}") from error
-    if not tuning.collect:
-        gc.collect()
-        gc.freeze()
     _logger.info("server %d of %s: %s", os.getpid(), order.mount, order.plane)
     ready()
     trio.run(_serve, session, link)

@@ -1,17 +1,9 @@
-"""One FUSE session of pyfuse3: the process has no other.
-
-pyfuse3 takes its tasks, locks and waiting from ``pyfuse3.trio``, which its own asyncio support replaces as well. Here
-it is trio but for two things, each of which costs a turn of the event loop for every request: a lock that lets others
-have a turn even when it is free, and a wait for a device that has something to read already.
-"""
+"""One FUSE session of pyfuse3: the process has no other."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import select
-import time
-from collections import deque
 from typing import Any, Final
 
 import pyfuse3
@@ -24,8 +16,6 @@ _logger: Final = logging.getLogger(__name__)
 
 _TASKS: Final = 1024
 """Requests that are seen to at a time, each by a task; more than the kernel lets wait in the background."""
-_SHARE: Final = 0.002
-"""Seconds for which requests may follow one another before others have a turn: answers of the supervisor, threads."""
 
 
 class Session:
@@ -37,11 +27,8 @@ class Session:
 
     def __init__(self, operations: pyfuse3.Operations, device: int, tuning: Tuning) -> None:
         self._operations = operations
-        descriptor = shake_hands(device, tuning, self._answer)
-        module = vars(pyfuse3)
-        module["_session_loop"] = _again_and_again
-        if tuning.hasten:
-            module["trio"] = _Hastened(descriptor)
+        shake_hands(device, tuning, self._answer)
+        vars(pyfuse3)["_session_loop"] = _again_and_again
 
     def _answer(self, descriptor: int) -> None:
         """Have libfuse answer INIT, from a socket."""
@@ -79,64 +66,3 @@ async def _again_and_again(nursery: trio.Nursery, min_tasks: int, max_tasks: int
             _logger.debug("a request was taken back")
         else:
             return
-
-
-class _Hastened:
-    """What pyfuse3 knows as ``trio``, for a session that reads ``device``."""
-
-    def __init__(self, device: int) -> None:
-        self.Lock = _Lock
-        self.lowlevel = _Lowlevel(device)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(trio, name)
-
-
-class _Lowlevel:
-    def __init__(self, device: int) -> None:
-        self._poll = select.poll()
-        self._poll.register(device, select.POLLIN)
-        self._turn = 0.0
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        return getattr(trio.lowlevel, name)
-
-    async def wait_readable(self, device: int) -> None:
-        now = time.monotonic()
-        if now > self._turn:
-            self._turn = now + _SHARE
-            await trio.lowlevel.checkpoint()
-        if not self._poll.poll(0):
-            await trio.lowlevel.wait_readable(device)
-            self._turn = time.monotonic() + _SHARE
-
-
-class _Lock:
-    """As trio.Lock, but to take a free one is no checkpoint."""
-
-    def __init__(self) -> None:
-        self._taken = False
-        self._waiting: deque[trio.Event] = deque()
-
-    async def __aenter__(self) -> None:
-        if self._taken:
-            turn = trio.Event()
-            self._waiting.append(turn)
-            try:
-                await turn.wait()  # whoever sets it hands the lock over
-            except BaseException:
-                if turn.is_set():
-                    self._hand_over()
-                else:
-                    self._waiting.remove(turn)
-                raise
-        self._taken = True
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        if self._waiting:
-            self._waiting.popleft().set()
-        else:
-            self._taken = False

@@ -18,9 +18,8 @@ _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 class Tuning(NamedTuple):
     """The settings, by the names that the environment has for them."""
 
-    max_read: int = 2 << 20
-    """Bytes of a read that are asked for; the kernel allows ``fs.fuse.max_pages_limit``, see
-    :func:`erofsgen.host.mount.fuse.allow_large_reads`."""
+    max_read: int = 4 << 20
+    """Bytes of a read that are asked for; the kernel allows ``fs.fuse.max_pages_limit``, 1 MiB by default."""
     background: int = 256
     """Reads ahead of somebody that may wait here."""
     reply: str = "mapped"
@@ -30,10 +29,6 @@ class Tuning(NamedTuple):
     """
     direct: bool = True
     """Packs below EROFS are cached by EROFS alone, and not by FUSE as well."""
-    hasten: bool = True
-    """Requests that wait already are read without a turn of the event loop for each."""
-    collect: bool = False
-    """Leave Python's garbage collector to look through all that was made at the start, again and again."""
 
     @classmethod
     def of(cls, text: str) -> Tuning:

@@ -138,8 +138,8 @@ def test_a_mount_that_is_gone(kernel: Kernel) -> None:
 
 def test_settings() -> None:
     assert Tuning.of("") == Tuning()
-    assert Tuning.of("max_read=1M,reply=copied,direct=off,background=7,collect=on") == Tuning(
-        max_read=1 << 20, reply="copied", direct=False, background=7, collect=True
+    assert Tuning.of("max_read=1M,reply=copied,direct=off,background=7") == Tuning(
+        max_read=1 << 20, reply="copied", direct=False, background=7
     )
     assert Tuning.of("mapped=2G,,max_read=4K") == Tuning(mapped=2 << 30, max_read=4096)
 

@@ -25,9 +25,6 @@ FLAT: Final = "flat"
 """The file of an image in one piece, see :mod:`fusefallback.flatpacks`."""
 SERVERS: Final = "servers.sock"
 """Where :mod:`fusefallback.server` takes orders, below the root."""
-_MAX_PAGES: Final = Path("/proc/sys/fs/fuse/max_pages_limit")
-_DEFAULT_PAGES: Final = 256
-_PAGES: Final = 512
 _TUNING: Final = "EROFSGEN_FUSE"
 _ATTEMPTS: Final = 3
 _START: Final = 60.0
@@ -60,7 +57,6 @@ class Served:
         device = open_device() if at is None else attach_as_user(at, name, options)
         try:
             if at is None:
-                allow_large_reads()
                 self.top = superblock.mount_fuse(device, name, options)
             try:
                 self.server = serve(device)
@@ -89,16 +85,6 @@ class Served:
 
     def __exit__(self, *exc: object) -> None:
         os.close(self.top)
-
-
-def allow_large_reads() -> None:
-    """Let FUSE servers ask for reads of 2 MiB, where nobody has decided otherwise: only the kernel's default is raised.
-
-    Linux 6.13 and newer, root only; before that a read has 1 MiB at most.
-    """
-    with suppress(OSError):
-        if int(_MAX_PAGES.read_text()) == _DEFAULT_PAGES:
-            _MAX_PAGES.write_text(str(_PAGES))
 
 
 def require() -> None:
