@@ -39,6 +39,8 @@ _FAR: Final = 1 << 63
 """Bytes; no device is as large."""
 _AGAIN: Final = 0.005
 """Seconds until a server that is behind is told again."""
+_DEAF: Final = 10_000
+"""Answers that may wait for a server; the kernel lets fewer requests wait."""
 
 
 class _Server:
@@ -49,6 +51,7 @@ class _Server:
         self.mount = ""
         self.waiting: dict[int, int] = {}
         self.packs: set[str] = set()
+        self.is_behind = False  # it is told again before long
 
 
 class Plane:
@@ -159,11 +162,18 @@ class Plane:
     def _say(self, server: _Server, message: Message) -> None:
         with suppress(OSError):  # it has gone, which the loop is about to tell
             server.channel.send(message)
-        self._flush(server)
+        if not server.is_behind:
+            self._flush(server)
 
     def _flush(self, server: _Server) -> None:
+        server.is_behind = False
         with suppress(OSError):
             if server in self._servers and not server.channel.flush():
+                if len(server.channel) > _DEAF:
+                    _logger.error("the server of %s does not listen", server.mount)
+                    self._gone(server)
+                    return
+                server.is_behind = True
                 self._supervisor.after(_AGAIN, lambda: self._flush(server))
 
     def _gone(self, server: _Server) -> None:

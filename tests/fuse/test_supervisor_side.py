@@ -142,6 +142,17 @@ def test_a_client_that_does_not_listen(site: Site, wide: Sample) -> None:
     assert read_tree(target) == wide.files
 
 
+def test_a_client_that_never_listens_is_hung_up_on(site: Site, wide: Sample) -> None:
+    pack = pulled(site, wide)
+    with connected(site) as deaf, suppress(ConnectionError):
+        deaf.settimeout(20)
+        for key in range(12_000):
+            message = {"do": "fill", "key": key, "pack": pack, "offset": 0, "length": 1}
+            deaf.send(json.dumps(message).encode())
+        eventually(lambda: "does not listen" in site.host.log())
+    assert "does not listen" in site.host.log()
+
+
 def test_the_socket_is_the_owners_alone(site: Site, wide: Sample) -> None:
     site.mount(wide.image)
     for name in (SOCKET, "servers.sock"):

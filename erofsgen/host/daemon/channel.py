@@ -23,6 +23,13 @@ class Channel:
         self._socket = end
         self._waiting: deque[tuple[bytes, int | None]] = deque()
 
+    def __len__(self) -> int:
+        """Messages that were kept."""
+        return len(self._waiting)
+
+    def __bool__(self) -> bool:
+        return True
+
     def fileno(self) -> int:
         """To wait on."""
         return self._socket.fileno()
