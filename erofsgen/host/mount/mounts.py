@@ -118,17 +118,11 @@ def mount(
         mounted = held.enter_context(states.locked())
         _refuse(mounted, target, upper)
         fsid = None
-        if served is not None and via == "fuse":
-            top = os.dup(served.top)
-        elif via == "loop":
-            top = superblock.mount_loop(index if served is None else served.path(FLAT))
-        elif via == "fscache":
+        if via == "fscache":
             taken = {info.fsid for info in mounted}
             top, fsid = _mount_fscache(cached.digest, taken, read_ahead or READ_AHEAD)
         else:
-            files = devices if served is None else [served.path(path.stem) for path in devices]
-            ahead = None if plane == "eager" else read_ahead or READ_AHEAD
-            top = superblock.mount_files(index, files, read_ahead=ahead)
+            top = _mount_here(via, index, devices, served, None if plane == "eager" else read_ahead or READ_AHEAD)
         held.callback(os.close, top)
         changes = None
         if rw:
@@ -210,6 +204,16 @@ def _how(plane: Plane, index: Path) -> How:
     if plane in ("fscache", "fuse"):
         return plane
     return "file-backed" if plane == "fanotify" or superblock.can_back_by_file(index) else "loop"
+
+
+def _mount_here(via: How, index: Path, devices: Sequence[Path], served: Served | None, read_ahead: int | None) -> int:
+    """A detached mount: the server's own, or EROFS over files of the host cache, or of the server's mount."""
+    if served is not None and via == "fuse":
+        return os.dup(served.top)
+    if via == "loop":
+        return superblock.mount_loop(index if served is None else served.path(FLAT))
+    files = devices if served is None else [served.path(path.stem) for path in devices]
+    return superblock.mount_files(index, files, read_ahead=read_ahead)
 
 
 def _mount_fscache(digest: str, taken: Collection[str | None], read_ahead: int) -> tuple[int, str]:
