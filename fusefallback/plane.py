@@ -209,13 +209,7 @@ class Plane:
 
     def arm(self, mount: str, paths: Iterable[Path], done: Done) -> None:
         """Let the worker write to packs, whether a server asks for them or not."""
-        try:
-            for path in paths:
-                self._writers.use(mount, path)
-        except StorageError as error:
-            done(error)
-        else:
-            done(None)
+        self._writers.arm(mount, paths, done)
 
     def made(self, mount: str) -> None:
         """The mount was made, or the worker has written what it wanted."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 from erofsgen.errors import StorageError
+from erofsgen.host.daemon.planes import Done
 
 
 class Writers:
@@ -26,6 +27,16 @@ class Writers:
                 raise StorageError(f"{data}: {error.strerror}", hint="run `erofsgen pull` again") from error
             self._users[pack] = set()
         self._users[pack].add(user)
+
+    def arm(self, user: Hashable, datas: Iterable[Path], done: Done) -> None:
+        """As :meth:`.planes.Plane.arm`: ``user`` has bytes of all these packs written."""
+        try:
+            for data in datas:
+                self.use(user, data)
+        except StorageError as error:
+            done(error)
+        else:
+            done(None)
 
     def leave(self, user: Hashable) -> list[str]:
         """``user`` needs none any more. Returns the packs that nobody uses now; they are closed."""
