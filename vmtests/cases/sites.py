@@ -36,13 +36,14 @@ class Site:
         self.started = False
 
     def start(self, *more):
-        """Start the daemon, after ending any other site's: a machine has one /dev/cachefiles."""
+        """Start the daemon; of plane fscache after ending any other site's: a machine has one /dev/cachefiles."""
         if self.plane != "eager":
-            if Site.running is not None and Site.running is not self:
-                Site.running.end()
+            if self.plane == "fscache":
+                if Site.running is not None and Site.running is not self:
+                    Site.running.end()
+                Site.running = self
             self.host.start("--worker=--complete-at", "--worker=2", *more)
             self.started = True
-            Site.running = self
 
     def mount(self, image, name="mnt"):
         if not self.started:
