@@ -60,11 +60,9 @@ def test_a_cached_image_needs_no_store_after_a_reboot(plane):
 
 @pytest.mark.phase("reboot")
 def test_the_power_goes_in_mid_fill():
-    """The last case of its boot. Every plane is filling when the host sees the file and ends the guest."""
+    """The last case of its boot. Planes are filling when the host sees the file and ends the guest."""
     sites = []
-    for plane in PLANES:
-        if not plane_works(DISK, plane).ok:
-            continue
+    for plane in cut_in_mid_fill():
         site, wide = kept("cut", plane)
         sites.append(site)
         threading.Thread(target=fill, args=(site, wide), daemon=True).start()
@@ -73,6 +71,12 @@ def test_the_power_goes_in_mid_fill():
     (SHARE / "power-cut").touch()
     time.sleep(60)
     pytest.fail("the power is still on")
+
+
+def cut_in_mid_fill():
+    """The eager plane and the first lazy one that works: a guest without KVM is too slow for several at a time."""
+    working = [plane for plane in PLANES if plane_works(DISK, plane).ok]
+    return [*[plane for plane in working if plane != "eager"][:1], "eager"]
 
 
 def fill(site, wide):
@@ -92,6 +96,8 @@ def fill(site, wide):
 @pytest.mark.phase("aftercut")
 @pytest.mark.case("power cut in mid-fill")
 def test_what_a_power_cut_leaves_is_right_or_fetched_anew(plane):
+    if plane not in cut_in_mid_fill():
+        pytest.skip("another lazy plane was filling when the power went")
     site, wide = kept("cut", plane)
     try:
         assert read_tree(site.mount(wide.image)) == wide.files
