@@ -40,8 +40,8 @@ from memory import MemorySampler, forget_peak, resident
 from parts import DATA, Bench, arguments, measure, say
 
 from erofsgen.host.doctor import plane_works
+from erofsgen.host.mount.fuse import VARIABLE
 from erofsgen.host.mount.mounts import FUSE_READ_AHEAD
-from fusefallback.tuning import VARIABLE
 
 
 @dataclass(frozen=True)

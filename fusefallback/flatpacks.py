@@ -18,10 +18,10 @@ import pyfuse3
 from erofsgen.erofs.flatten import Flat
 from erofsgen.erofs.node import Extent
 from erofsgen.erofs.tree import BLOCK
+from erofsgen.host.mount.fuse import FLAT
 from fusefallback.answers import FOREVER, answering
 from fusefallback.content import Content, ServedPack, pieces_of
 
-FLAT: Final = "flat"
 _FIRST: Final = pyfuse3.ROOT_INODE + 1
 
 

@@ -46,7 +46,7 @@ def _operations(plane: str, image: CachedImage, link: Link, tuning: Tuning, *, f
 class Order(msgspec.Struct, frozen=True):
     """What a server is to be for: the mount whose id is ``mount``, of the image with the manifest's digest ``image``.
 
-    ``flat``: packs in one file. ``tuning``: as :data:`~fusefallback.tuning.VARIABLE` in the environment has it.
+    ``flat``: packs in one file. ``tuning``: as :data:`~erofsgen.host.mount.fuse.VARIABLE` in the environment has it.
     """
 
     root: str

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from erofsgen.errors import UsageError
+from erofsgen.host.mount.fuse import VARIABLE
 
-VARIABLE: Final = "EROFSGEN_FUSE"
 _SWITCH: Final = {"on": True, "off": False}
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

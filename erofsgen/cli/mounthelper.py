@@ -36,11 +36,6 @@ FAILED: Final = 32
 
 FUSE: Final = "mount.fuse.erofsgen"
 
-_ATTRIBUTES: Final = {
-    "nosuid": linux.MOUNT_ATTR_NOSUID,
-    "nodev": linux.MOUNT_ATTR_NODEV,
-    "noexec": linux.MOUNT_ATTR_NOEXEC,
-}
 _POSITIVE: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
 _IGNORED: Final = re.compile(
     r"defaults|(no)?auto|nofail|_netdev|(no)?(user|group|owner|users)|user=.*|comment=.*|[xX]-.*|loud|silent"
@@ -132,7 +127,7 @@ def parse(arguments: Sequence[str], plane: str = "auto") -> Request:
                     request.settings.root = Path(argument)
                 case "upper" if argument:
                     request.upper = Path(argument)
-                case _ if option in _ATTRIBUTES:
+                case _ if option in linux.MOUNT_ATTRIBUTES:
                     request.attributes.add(option)
                 case _ if option in _POSITIVE:
                     request.attributes.discard(_POSITIVE[option])
@@ -165,7 +160,7 @@ def _mount(request: Request) -> None:
         rw=request.rw,
         upper=request.upper,
         allow_other=request.allow_other,
-        attributes=sum(_ATTRIBUTES[name] for name in request.attributes),
+        attributes=sum(linux.MOUNT_ATTRIBUTES[name] for name in request.attributes),
     )
 
 

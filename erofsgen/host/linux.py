@@ -65,6 +65,8 @@ IOPRIO_CLASS_SHIFT: Final = 13
 IOPRIO_WHO_PROCESS: Final = 1
 _NR_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 
+MOUNT_ATTRIBUTES: Final = {"nosuid": MOUNT_ATTR_NOSUID, "nodev": MOUNT_ATTR_NODEV, "noexec": MOUNT_ATTR_NOEXEC}
+"""By the names that mount(8) and mountinfo have for them."""
 _CACHESTAT_RANGE: Final = struct.Struct("=QQ")  # struct cachestat_range: off, len
 _CACHESTAT: Final = struct.Struct("=5Q")  # struct cachestat: nr_cache first
 FSCONFIG_STRING_LIMIT: Final = 255

@@ -25,7 +25,8 @@ FLAT: Final = "flat"
 """The file of an image in one piece, see :mod:`fusefallback.flatpacks`."""
 SERVERS: Final = "servers.sock"
 """Where :mod:`fusefallback.server` takes orders, below the root."""
-_TUNING: Final = "EROFSGEN_FUSE"
+VARIABLE: Final = "EROFSGEN_FUSE"
+"""Settings of servers, see :mod:`fusefallback.tuning`."""
 _ATTEMPTS: Final = 3
 _START: Final = 60.0
 """Seconds that a server has to start in."""
@@ -106,7 +107,7 @@ def start_server(root: Path, plane: str, mount: str, digest: str, device: int, *
 
     Raises what kept it from starting.
     """
-    tuning = os.environ.get(_TUNING, "")
+    tuning = os.environ.get(VARIABLE, "")
     order = {"root": str(root), "plane": plane, "mount": mount, "image": digest, "flat": flat, "tuning": tuning}
     data = json.dumps({"version": __version__, "order": order}).encode()
     for _ in range(_ATTEMPTS):

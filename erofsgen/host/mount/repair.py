@@ -13,12 +13,6 @@ from erofsgen.host.mount.fuse import Server
 from erofsgen.host.mount.mounts import mount, mounts, unmount
 from erofsgen.host.mount.state import MountInfo, namespace
 
-_ATTRIBUTES = {
-    "nosuid": linux.MOUNT_ATTR_NOSUID,
-    "nodev": linux.MOUNT_ATTR_NODEV,
-    "noexec": linux.MOUNT_ATTR_NOEXEC,
-}
-
 
 class Repaired(NamedTuple):
     """A mount that was dead, and what kept it from being mounted again, if something did."""
@@ -63,5 +57,5 @@ def _renew(info: MountInfo, root: Path) -> None:
         rw=info.rw,
         upper=Path(info.upper) if info.keep and info.upper else None,
         allow_other=allow_other,
-        attributes=sum(_ATTRIBUTES[option] for option in options & _ATTRIBUTES.keys()),
+        attributes=sum(linux.MOUNT_ATTRIBUTES[option] for option in options & linux.MOUNT_ATTRIBUTES.keys()),
     )
