@@ -53,9 +53,13 @@ class IntegrityError(FormatError):
 
 
 class RemoteError(ErofsgenError):
-    """A registry or a remote store refused, failed or could not be reached."""
+    """A registry or a remote store refused, failed or could not be reached.
+
+    ``retry_after``: seconds after which it wants to be asked again, if it said so.
+    """
 
     exit_code = 6
+    retry_after: float | None = None
 
 
 class StorageError(ErofsgenError):

@@ -11,7 +11,7 @@ import msgspec
 from erofsgen.build.dictionary import Dictionary
 from erofsgen.build.record import record_packs
 from erofsgen.progress import SILENT, Progress
-from erofsgen.store.directory import DirectoryStore
+from erofsgen.store.base import Store
 from erofsgen.store.image import Image
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -29,13 +29,14 @@ class GcResult(msgspec.Struct, frozen=True):
     dry_run: bool
 
 
-def collect(store: DirectoryStore, *, dry_run: bool = False, progress: Progress = SILENT) -> GcResult:
+def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress: Progress = SILENT) -> GcResult:
     """Delete blobs that no reference reaches, layer records that need a deleted pack, and dictionary entries of both.
 
-    Raises BusyError while a build runs, and FormatError or IntegrityError for an image whose manifest cannot be read:
+    Builds that run are waited for, ``wait`` seconds at most. Raises BusyError (they go on), and FormatError or
+    IntegrityError for an image whose manifest cannot be read:
     then nothing is deleted, because what that image needs is unknown.
     """
-    with store.collecting(), progress.task("collecting garbage"):
+    with store.collecting(wait=wait), progress.task("collecting garbage"):
         reached = _reached(store)
         blobs = {digest: size for digest, size in store.blobs() if _DIGEST.fullmatch(digest)}
         garbage = blobs.keys() - reached
@@ -61,7 +62,7 @@ def collect(store: DirectoryStore, *, dry_run: bool = False, progress: Progress 
         )
 
 
-def _reached(store: DirectoryStore) -> set[str]:
+def _reached(store: Store) -> set[str]:
     reached = set()
     for name, descriptor in store.references().items():
         image = Image(store, name, descriptor)
@@ -71,6 +72,6 @@ def _reached(store: DirectoryStore) -> set[str]:
     return reached
 
 
-def _stale(store: DirectoryStore, key: str, gone: Set[str]) -> bool:
+def _stale(store: Store, key: str, gone: Set[str]) -> bool:
     packs = record_packs(store, key)
     return packs is None or any(pack.digest in gone for pack in packs)

@@ -27,8 +27,7 @@ from erofsgen.oci.source import Layer, SourceImage
 from erofsgen.oci.stream import open_stream
 from erofsgen.oci.tar import TarReader
 from erofsgen.progress import SILENT, Progress
-from erofsgen.store.base import Descriptor
-from erofsgen.store.directory import DirectoryStore
+from erofsgen.store.base import Descriptor, Store
 
 
 class BuildResult(msgspec.Struct, frozen=True):
@@ -63,7 +62,7 @@ class BuildResult(msgspec.Struct, frozen=True):
 
 def build_image(
     source: SourceImage,
-    store: DirectoryStore,
+    store: Store,
     *,
     tag: str | None = None,
     options: BuildOptions | None = None,
@@ -129,7 +128,7 @@ class _Build:
     def __init__(
         self,
         source: SourceImage,
-        store: DirectoryStore,
+        store: Store,
         dictionary: Dictionary | None,
         packer: Packer,
         options: BuildOptions,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from erofsgen.cli.shared import Settings, image_argument, known_name, verb
+from erofsgen.cli.shared import Settings, image_argument, verb
 
 if TYPE_CHECKING:
     from erofsgen.store.diff import Change
@@ -32,7 +32,7 @@ def command(settings: Settings, a: str, b: str, exit_code: bool) -> int:
 
     store = settings.open_store()
     with settings.progress() as progress:
-        changes = diff(*(Image.open(store, known_name(store, name)) for name in (a, b)), progress=progress)
+        changes = diff(*(Image.open(store, name) for name in (a, b)), progress=progress)
     if settings.json:
         output.document(changes)
     else:

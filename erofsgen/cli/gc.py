@@ -9,7 +9,8 @@ from erofsgen.cli.shared import Settings, verb
 
 @verb(json=True)
 @click.option("--dry-run", "-n", is_flag=True, help="Only say what would be deleted.")
-def command(settings: Settings, dry_run: bool) -> None:
+@click.option("--wait", type=float, metavar="SECONDS", default=0.0, help="Wait so long for builds that run.")
+def command(settings: Settings, dry_run: bool, wait: float) -> None:
     """Delete what no image of the store needs.
 
     Blobs that no name reaches, layer records that need them, and what crashes left.
@@ -19,7 +20,7 @@ def command(settings: Settings, dry_run: bool) -> None:
 
     store = settings.open_store(change=True)
     with settings.progress() as progress:
-        result = collect(store, dry_run=dry_run, progress=progress)
+        result = collect(store, dry_run=dry_run, wait=wait, progress=progress)
     if settings.json:
         output.document(result)
         return

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from erofsgen.host.cache.cache import HostCache
     from erofsgen.host.mount.state import Plane
     from erofsgen.progress import Progress
-    from erofsgen.store.directory import DirectoryStore
+    from erofsgen.store.base import Store
     from erofsgen.store.image import Image
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,7 +52,7 @@ class Settings:
 
         return HostCache(self.root, directories=self.cache_dirs, max_bytes=self.max_bytes)
 
-    def open_store(self, *, create: bool = False, change: bool = False) -> DirectoryStore:
+    def open_store(self, *, create: bool = False, change: bool = False) -> Store:
         """The store. ``change`` readies an OCI layout that another tool has written for changes, too.
 
         Raises NotFoundError where there is none and ``create`` is not set, StorageError.
@@ -66,8 +66,7 @@ class Settings:
         """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""
         from erofsgen.store.image import Image
 
-        store = self.open_store()
-        return Image.open(store, known_name(store, name))
+        return Image.open(self.open_store(), name)
 
     def plane(self, word: str) -> Plane:
         """The plane that the user's word means; says so where ``auto`` means one of the slower ones.
@@ -88,7 +87,7 @@ class Settings:
         return progress.reporter(sys.stderr, quiet=self.quiet)
 
 
-def known_name(store: DirectoryStore, name: str) -> str:
+def known_name(store: Store, name: str) -> str:
     """The name that ``store`` has for ``name``, see :func:`erofsgen.oci.reference.known_name`."""
     from erofsgen.oci import reference
 

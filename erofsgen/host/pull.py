@@ -10,7 +10,6 @@ from erofsgen.errors import BusyError, ErofsgenError, NotFoundError
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.part import settle
 from erofsgen.host.daemon.client import Client
-from erofsgen.oci.reference import known_name
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.image import Image
 from erofsgen.store.open import absolute, open_store
@@ -32,7 +31,7 @@ def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
         except NotFoundError:
             pass
         raise
-    return Image.open(store, known_name(name, store.references()))
+    return Image.open(store, name)
 
 
 def complete(cache: HostCache, cached: CachedImage, image: Image | None, progress: Progress = SILENT) -> None:

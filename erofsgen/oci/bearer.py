@@ -18,7 +18,8 @@ import msgspec
 
 from erofsgen.errors import RemoteError
 from erofsgen.oci.auth import Credentials
-from erofsgen.oci.httpclient import HttpClient, failure, printable
+from erofsgen.oci.httpclient import HttpClient, failure
+from erofsgen.oci.patience import printable
 
 _TOKEN_LIMIT: Final = 1 << 20
 _TOKEN: Final = re.compile(r"[\x21-\x7e]+")

@@ -27,8 +27,9 @@ from typing import BinaryIO, Final
 import httpx
 
 from erofsgen.errors import IntegrityError, RemoteError, StorageError
-from erofsgen.oci.httpclient import HttpClient, Patience, Transient
+from erofsgen.oci.httpclient import HttpClient
 from erofsgen.oci.manifest import Descriptor
+from erofsgen.oci.patience import Patience, Transient
 from erofsgen.oci.slice import open_slice
 from erofsgen.progress import SILENT, Progress, Task
 

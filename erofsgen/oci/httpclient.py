@@ -6,10 +6,6 @@ an :class:`~erofsgen.errors.ErofsgenError` may not.
 
 from __future__ import annotations
 
-import email.utils
-import os
-import random
-import re
 import socket
 import ssl
 import threading
@@ -17,8 +13,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
@@ -26,14 +20,9 @@ import msgspec
 
 from erofsgen import __version__
 from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError
+from erofsgen.oci.patience import Policy, Transient, printable, retry_after
 from erofsgen.oci.reference import is_loopback
-
-CERTS_DIRS: tuple[Path, ...] = (
-    Path("~/.config/containers/certs.d"),
-    Path("/etc/containers/certs.d"),
-    Path("/etc/docker/certs.d"),
-)
-"""Where ``HOST[:PORT]/*.crt`` are a registry's authorities and ``*.cert`` with ``*.key`` are shown to it."""
+from erofsgen.oci.tls import CERTS_DIRS, tls_context
 
 _REDIRECTS: Final = 10
 _REDIRECT_CODES: Final = frozenset({301, 302, 303, 307, 308})
@@ -44,28 +33,6 @@ _HEADERS: Final = {"User-Agent": f"erofsgen/{__version__}", "Accept-Encoding": "
 E = TypeVar("E", bound=BaseException)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How patient the client is. Times in seconds."""
-
-    parallel: int = 4
-    """Layers downloaded at the same time."""
-    attempts: int = 6
-    """Failures in a row, without progress in between, that end a request."""
-    backoff: float = 0.5
-    """Pause after the first failure; doubled for each one more, with jitter."""
-    max_backoff: float = 20.0
-    max_retry_after: float = 120.0
-    """A server that asks for a longer pause is reported instead."""
-    connect_timeout: float = 10.0
-    read_timeout: float = 30.0
-    """Silence that breaks a connection."""
-    document_timeout: float = 60.0
-    """For the whole of a manifest, a config or a token."""
-    min_rate: int = 1024
-    """Bytes per second, averaged over ``read_timeout``, below which a connection is broken."""
-
-
 class _ErrorEntry(msgspec.Struct):
     message: str | None = None
 
@@ -74,45 +41,6 @@ class _Errors(msgspec.Struct):
     """The body of a registry's error, after the OCI distribution specification."""
 
     errors: list[_ErrorEntry] = []
-
-
-class Transient(Exception):  # noqa: N818  (it is a wrapped error, never shown itself)
-    """A failure that may pass. ``error`` is what to raise once patience is at an end."""
-
-    def __init__(self, error: RemoteError, retry_after: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.retry_after = retry_after
-
-
-class Patience:
-    """Counts the failures of one operation and sleeps between its attempts."""
-
-    def __init__(self, policy: Policy, stop: threading.Event) -> None:
-        self._policy = policy
-        self._stop = stop
-        self._failures = 0
-
-    def progressed(self) -> None:
-        """What failed before counts no more."""
-        self._failures = 0
-
-    def pause(self, failure: Transient) -> None:
-        """Sleep before the next attempt.
-
-        Raises RemoteError (patience is at an end, or the server asks for a pause too long, or the client was closed).
-        """
-        self._failures += 1
-        wait = failure.retry_after
-        if wait is not None and wait > self._policy.max_retry_after:
-            raise RemoteError(str(failure.error), hint=f"the server asks to wait {wait:.0f} s") from failure
-        if self._failures >= self._policy.attempts:
-            raise failure.error from failure
-        if wait is None:
-            wait = min(self._policy.backoff * 2 ** (self._failures - 1), self._policy.max_backoff)
-            wait *= random.uniform(0.5, 1.0)  # so that many hosts do not come back at once
-        if self._stop.wait(wait):
-            raise RemoteError("the download was given up") from failure
 
 
 class HttpClient:
@@ -250,7 +178,7 @@ class HttpClient:
             if key not in self._clients:
                 policy = self.policy
                 if url.scheme == "https":
-                    context = _tls_context(self._registry if own else None, verify=self._tls_verify)
+                    context = tls_context(self._registry if own else None, verify=self._tls_verify)
                 else:  # never used, and reading the system's authorities takes its time
                     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 self._clients[key] = httpx.Client(
@@ -278,6 +206,7 @@ class HttpClient:
 def failure(response: httpx.Response, what: str, body: str) -> ErofsgenError | Transient:
     """What to raise for a response that is no success: ``what`` was asked for, ``body`` is its text."""
     where, status = _origin_text(response.url), response.status_code
+    asked = retry_after(response.headers.get("Retry-After", ""))
     try:
         said = msgspec.json.decode(body, type=_Errors).errors[0].message or ""
     except (msgspec.MsgspecError, RecursionError, IndexError):
@@ -287,28 +216,11 @@ def failure(response: httpx.Response, what: str, body: str) -> ErofsgenError | T
         return NotFoundError(f"{where} has no {what}{detail}")
     if status == 429:
         hint = "wait, or log in for a higher limit"
-        return Transient(RemoteError(f"{where} limits our rate for {what}{detail}", hint=hint), retry_after(response))
+        return Transient(RemoteError(f"{where} limits our rate for {what}{detail}", hint=hint), asked)
     error = RemoteError(
         f"{where} answered {status} for {what}{detail}", hint="try again later" if status >= 500 else None
     )
-    return Transient(error, retry_after(response)) if status >= 500 or status in (408, 425) else error
-
-
-def retry_after(response: httpx.Response) -> float | None:
-    """Seconds a server asks us to wait, None where it does not."""
-    value = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", value, re.ASCII):
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """A server's words made fit for a terminal and for one line."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * limit]).split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+    return Transient(error, asked) if status >= 500 or status in (408, 425) else error
 
 
 @contextmanager
@@ -368,32 +280,3 @@ def _host_port(url: httpx.URL) -> str:
 def _origin_text(url: httpx.URL) -> str:
     """Where a request went, without its path: signed URLs carry secrets there."""
     return printable(_host_port(url))
-
-
-def _tls_context(registry: str | None, *, verify: bool) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    paths = ssl.get_default_verify_paths()
-    if not paths.cafile and not (paths.capath and os.listdir(paths.capath)):
-        import certifi  # a system without authorities of its own, such as a bare container
-
-        context.load_verify_locations(certifi.where())
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    for directory in CERTS_DIRS if registry else ():
-        _load_certs(context, directory.expanduser() / str(registry))
-    return context
-
-
-def _load_certs(context: ssl.SSLContext, directory: Path) -> None:
-    try:
-        names = sorted(os.listdir(directory))
-        for name in names:
-            if name.endswith(".crt"):
-                context.load_verify_locations(directory / name)
-            elif name.endswith(".cert"):
-                context.load_cert_chain(directory / name, directory / f"{name[:-5]}.key")
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise RemoteError(f"cannot load the certificates in {directory}: {error.strerror or error}") from error

@@ -126,14 +126,16 @@ def _malformed(text: str, why: str) -> UsageError:
     return UsageError(f"image reference {text!a} is malformed: {why}", hint="write [HOST[:PORT]/]NAME[:TAG][@DIGEST]")
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """``name`` and, where it has another, its canonical form: ``python:3`` is how Docker Hub's image was asked for and
+    ``docker.io/library/python:3`` how it is called."""
+    try:
+        canonical = str(Reference.parse(name.removeprefix("docker://")))
+    except UsageError:
+        return (name,)
+    return (name,) if canonical == name else (name, canonical)
+
+
 def known_name(name: str, names: Container[str]) -> str:
-    """``name``, or its canonical form if only that is among ``names``: ``python:3`` is how Docker Hub's image was asked
-    for and ``docker.io/library/python:3`` how it is called."""
-    if name not in names:
-        try:
-            canonical = str(Reference.parse(name.removeprefix("docker://")))
-        except UsageError:
-            return name
-        if canonical in names:
-            return canonical
-    return name
+    """The first of the ``spellings`` of ``name`` that is among ``names``, else ``name``."""
+    return next((spelling for spelling in spellings(name) if spelling in names), name)

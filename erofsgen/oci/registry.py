@@ -21,7 +21,7 @@ from erofsgen.errors import ErofsgenError, IntegrityError, NotFoundError, Remote
 from erofsgen.oci.auth import Credentials, find_credentials
 from erofsgen.oci.bearer import Authorizer, login_hint
 from erofsgen.oci.download import Downloads
-from erofsgen.oci.httpclient import HttpClient, Patience, Policy, Transient, failure, origin
+from erofsgen.oci.httpclient import HttpClient, failure, origin
 from erofsgen.oci.manifest import (
     DOCUMENT_LIMIT,
     FOREIGN_TYPES,
@@ -31,6 +31,7 @@ from erofsgen.oci.manifest import (
     parse,
     resolve,
 )
+from erofsgen.oci.patience import Patience, Policy, Transient
 from erofsgen.oci.reference import Reference, is_digest, is_loopback, ref_name
 from erofsgen.oci.source import Layer, Subject
 from erofsgen.progress import Progress

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +25,13 @@ class Descriptor(
     artifact_type: str | None = None
 
 
+class Speed(NamedTuple):
+    """What one connection to a store does, measured: seconds to the first byte, bytes per second from then on."""
+
+    latency: float
+    bandwidth: float
+
+
 class BlobWriter(ABC):
     """A blob being written. Invisible until :meth:`commit`; leaving the ``with`` block without it drops the blob."""
 
@@ -30,7 +41,10 @@ class BlobWriter(ABC):
 
     @abstractmethod
     def commit(self) -> tuple[str, int]:
-        """Make the blob durable, then visible under its digest. Returns (``sha256:…``, size in bytes)."""
+        """Make the blob durable, then visible under its digest. Returns (``sha256:…``, size in bytes).
+
+        Raises IntegrityError where it is not the blob that was announced, StorageError or RemoteError.
+        """
 
     @abstractmethod
     def __enter__(self) -> BlobWriter: ...
@@ -44,25 +58,44 @@ class Store(ABC):
 
     Blobs are immutable and named by SHA-256; writing one that exists is no error. References map names to manifests.
     Layer records are small files a builder keeps to save work; losing one costs time, never data.
+
+    What a kind of store cannot do (HTTP has no writes, a registry no layer records) raises UnsupportedError.
     """
 
     url: str
-    """How the user names this store, for messages."""
+    """How the user names this store: in messages, and for :func:`erofsgen.store.open.open_store`. Has no secrets."""
+
+    scratch: Path
+    """A directory on this machine for what a builder knows of this store, made when it is needed."""
+
+    speed: Speed | None = None
+    """What one connection does, as far as it was measured. None for a local directory."""
+
+    @property
+    def downloads(self) -> Path:
+        """Where compressed layers are kept until they are converted."""
+        return self.scratch / "downloads"
+
+    @property
+    def dictionary(self) -> Path:
+        """Where this store's chunk dictionary lives."""
+        return self.scratch / "dictionary"
 
     @abstractmethod
     def size(self, digest: str) -> int | None:
         """Bytes of a blob, None where there is no such blob."""
 
     @abstractmethod
-    def read(self, digest: str, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes at ``offset``.
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (bytes, writable) with the blob's bytes at ``offset``.
 
-        Raises NotFoundError (no such blob), IntegrityError (the blob is shorter), StorageError or RemoteError.
+        Raises NotFoundError (no such blob), IntegrityError (the blob is shorter), StorageError or RemoteError; what is
+        in the buffer then is undefined.
         """
 
     @abstractmethod
-    def create(self) -> BlobWriter:
-        """Begin to write a blob."""
+    def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:
+        """Begin to write a blob, whose ``digest`` and ``size`` are announced where they are known beforehand."""
 
     @abstractmethod
     def blobs(self) -> Iterator[tuple[str, int]]:
@@ -75,6 +108,10 @@ class Store(ABC):
     @abstractmethod
     def references(self) -> dict[str, Descriptor]:
         """Every name with its manifest's descriptor."""
+
+    def reference(self, name: str) -> Descriptor | None:
+        """The manifest that ``name`` means, None where it means none."""
+        return self.references().get(name)
 
     @abstractmethod
     def tag(self, name: str, manifest: Descriptor) -> None:
@@ -105,11 +142,29 @@ class Store(ABC):
         """Held while blobs are written that no reference reaches yet. Any number of holders; keeps ``gc`` away."""
 
     @abstractmethod
-    def collecting(self) -> AbstractContextManager[None]:
-        """Held while blobs are deleted. One holder, no builders. Raises BusyError."""
+    def collecting(self, *, wait: float = 0.0) -> AbstractContextManager[None]:
+        """Held while blobs are deleted. One holder, no builders: those that come wait for it to end.
+
+        Raises BusyError (builders that were there have not ended after ``wait`` seconds).
+        """
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to close)
+        """Let go of connections."""
+
+    def read(self, digest: str, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes at ``offset``. Raises as :meth:`read_into` does."""
+        buffer = bytearray(length)
+        self.read_into(digest, offset, memoryview(buffer))
+        return bytes(buffer)
 
     def put(self, data: bytes) -> tuple[str, int]:
         """Write a blob at once. Returns (digest, size)."""
         with self.create() as blob:
             blob.write(data)
             return blob.commit()
+
+
+def scratch(url: str) -> Path:
+    """Where a builder's own files about the remote store ``url`` are kept on this machine; not made here."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "erofsgen" / "stores" / hashlib.sha256(url.encode()).hexdigest()[:32]

@@ -25,27 +25,25 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
-from erofsgen.errors import BusyError, ErofsgenError, FormatError, IntegrityError, NotFoundError, StorageError
+from erofsgen.errors import BusyError, ErofsgenError, IntegrityError, NotFoundError, StorageError
+from erofsgen.store import keys, layout
 from erofsgen.store.base import BlobWriter, Descriptor, Store
 
-REF_NAME: Final = "org.opencontainers.image.ref.name"
 _LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _WRITEBACK: Final = 16 << 20
 """Bytes after which the kernel is asked to start writing, so that the fsync at the end has little left to do."""
 
 
-_EMPTY_INDEX: Final = {
-    "schemaVersion": 2,
-    "mediaType": "application/vnd.oci.image.index.v1+json",
-    "manifests": [],
-}
+_POLL: Final = 0.2
+"""Seconds between two tries for a lock that others share."""
 
 
 class DirectoryStore(Store):
@@ -55,7 +53,7 @@ class DirectoryStore(Store):
         self.path = Path(path)
         self.url = str(path)
         self._blobs = self.path / "blobs" / "sha256"
-        self._private = self.path / "erofsgen"
+        self.scratch = self._private = self.path / "erofsgen"
         self._records = self._private / "layers"
         with _storage(self.path):
             if create:
@@ -69,26 +67,13 @@ class DirectoryStore(Store):
         if not (self.path / "index.json").exists():
             with self._lock("lock.references", fcntl.LOCK_EX):
                 if not (self.path / "index.json").exists():
-                    self._replace(self.path / "index.json", msgspec.json.encode(_EMPTY_INDEX))
+                    self._replace(self.path / "index.json", msgspec.json.encode(layout.empty()))
         if not (self.path / "oci-layout").exists():
             self._replace(self.path / "oci-layout", _LAYOUT)
 
-    @property
-    def downloads(self) -> Path:
-        """Where compressed layers are kept until they are converted."""
-        return self._private / "downloads"
-
-    @property
-    def dictionary(self) -> Path:
-        """Where this store's chunk dictionary lives."""
-        return self._private / "dictionary"
-
     def blob_path(self, digest: str) -> Path:
         """The file of a blob, whether it exists or not. Raises FormatError for what is no sha256 digest."""
-        algorithm, _, name = digest.partition(":")
-        if algorithm != "sha256" or len(name) != 64 or set(name) - set("0123456789abcdef"):
-            raise FormatError(f"{self.url}: not a sha256 digest: {digest!r}")
-        return self._blobs / name
+        return self.path / keys.blob(digest)
 
     def size(self, digest: str) -> int | None:
         try:
@@ -96,26 +81,25 @@ class DirectoryStore(Store):
         except FileNotFoundError:
             return None
 
-    def read(self, digest: str, offset: int, length: int) -> bytes:
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         path = self.blob_path(digest)
         try:
             with path.open("rb", buffering=0) as blob:
-                pieces = []
-                while length:
-                    piece = os.pread(blob.fileno(), length, offset)
-                    if not piece:
-                        raise IntegrityError(f"{path}: ends at byte {offset}, {length} more expected", hint=_REBUILD)
-                    pieces.append(piece)
-                    offset += len(piece)
-                    length -= len(piece)
+                while buffer:
+                    count = os.preadv(blob.fileno(), [buffer], offset)
+                    if not count:
+                        raise IntegrityError(
+                            f"{path}: ends at byte {offset}, {len(buffer)} more expected", hint=_REBUILD
+                        )
+                    offset += count
+                    buffer = buffer[count:]
         except FileNotFoundError:
             raise NotFoundError(f"{self.url}: no blob {digest}", hint=_REBUILD) from None
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from error
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def create(self) -> BlobWriter:
-        return _FileWriter(self._private / "tmp" / secrets.token_hex(8), self._blobs)
+    def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:  # noqa: ARG002
+        return _FileWriter(self._private / "tmp" / secrets.token_hex(8), self._blobs, digest)
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         with _storage(self._blobs), os.scandir(self._blobs) as items:
@@ -127,18 +111,15 @@ class DirectoryStore(Store):
             self.blob_path(digest).unlink(missing_ok=True)
 
     def references(self) -> dict[str, Descriptor]:
-        manifests = msgspec.convert(self._read_index()["manifests"], list[Descriptor])
-        return {name: item for item in manifests if (name := item.annotations.get(REF_NAME)) is not None}
+        return layout.references(self._read_index())
 
     def tag(self, name: str, manifest: Descriptor) -> None:
-        named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name})
         with self._changing_index() as index:
-            _remove(index, name)
-            index["manifests"].append(msgspec.to_builtins(named))
+            layout.put(index, name, manifest)
 
     def untag(self, name: str) -> None:
         with self._changing_index() as index:
-            if not _remove(index, name):
+            if not layout.remove(index, name):
                 raise NotFoundError(f"{self.url}: no image {name!r}", hint="see `erofsgen images`")
 
     def record(self, key: str) -> bytes | None:
@@ -165,31 +146,32 @@ class DirectoryStore(Store):
             yield
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        try:
-            with self._lock("lock.build", fcntl.LOCK_EX | fcntl.LOCK_NB):
-                for leftover in (self._private / "tmp").iterdir():
-                    leftover.unlink()  # nobody is building: whoever wrote it is gone
-                yield
-        except BlockingIOError:
-            raise BusyError(f"{self.url}: a build is running", hint="try again when it has finished") from None
+    def collecting(self, *, wait: float = 0.0) -> Iterator[None]:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                with self._lock("lock.build", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    for leftover in (self._private / "tmp").iterdir():
+                        leftover.unlink()  # nobody is building: whoever wrote it is gone
+                    yield
+                    return
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    hint = "try again when it has finished, or wait for it with --wait"
+                    raise BusyError(f"{self.url}: a build is running", hint=hint) from None
+                time.sleep(_POLL)
 
-    def _read_index(self) -> dict[str, Any]:
-        """index.json as it is: what other tools wrote into it stays."""
-        path = self.path / "index.json"
+    def _read_index(self) -> layout.Index:
+        path = self.path / keys.INDEX
         try:
-            index = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-            msgspec.convert(index.setdefault("manifests", []), list[Descriptor])
+            return layout.parse(path.read_bytes(), what=str(path))
         except FileNotFoundError:
             raise NotFoundError(f"no store at {self.path}", hint="build an image first") from None
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{path}: {error}") from None
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from error
-        return index
 
     @contextmanager
-    def _changing_index(self) -> Iterator[dict[str, Any]]:
+    def _changing_index(self) -> Iterator[layout.Index]:
         with self._lock("lock.references", fcntl.LOCK_EX):
             index = self._read_index()
             yield index
@@ -224,7 +206,8 @@ _REBUILD: Final = "run `erofsgen check`, then build the image again"
 
 
 class _FileWriter(BlobWriter):
-    def __init__(self, temporary: Path, directory: Path) -> None:
+    def __init__(self, temporary: Path, directory: Path, expected: str | None) -> None:
+        self._expected = expected
         self._temporary = temporary
         self._directory = directory
         self._hash = hashlib.sha256()
@@ -248,6 +231,8 @@ class _FileWriter(BlobWriter):
 
     def commit(self) -> tuple[str, int]:
         name = self._hash.hexdigest()
+        if self._expected not in (None, f"sha256:{name}"):
+            raise IntegrityError(f"blob sha256:{name} came instead of {self._expected}")
         with _storage(self._directory):
             os.fsync(self._fd)
             os.rename(self._temporary, self._directory / name)
@@ -282,13 +267,6 @@ def _storage(path: Path) -> Iterator[None]:
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "choose another directory with --store"
         raise StorageError(f"{path}: {error.strerror}", hint=hint) from error
-
-
-def _remove(index: dict[str, Any], name: str) -> bool:
-    manifests = index["manifests"]
-    kept = [item for item in manifests if (item.get("annotations") or {}).get(REF_NAME) != name]
-    index["manifests"] = kept
-    return len(kept) != len(manifests)
 
 
 def _sync_directory(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
+from erofsgen.oci.reference import spellings
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
 
@@ -50,15 +51,16 @@ class Image:
 
     @classmethod
     def open(cls, store: Store, name: str) -> Image:
-        """The image tagged ``name``, or whose manifest digest is ``name`` (``sha256:…``, or a unique prefix of it of
-        at least 8 hex digits). Raises NotFoundError."""
-        references = store.references()
-        if name in references:
-            return cls(store, name, references[name])
+        """The image tagged ``name`` or its canonical form, or whose manifest digest is ``name`` (``sha256:…``, or a
+        unique prefix of it of at least 8 hex digits). Raises NotFoundError."""
+        for spelling in spellings(name):
+            meant = store.reference(spelling)
+            if meant is not None:
+                return cls(store, spelling, meant)
         wanted = name.removeprefix("sha256:")
         found = {
             descriptor.digest: (tag, descriptor)
-            for tag, descriptor in references.items()
+            for tag, descriptor in store.references().items()
             if len(wanted) >= 8 and descriptor.digest.removeprefix("sha256:").startswith(wanted)
         }
         if len(found) != 1:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import zstandard
 from blake3 import blake3
 
+from erofsgen.errors import IntegrityError
 from erofsgen.host.cache.presence import Presence
 from erofsgen.pack.toc import Toc
 from erofsgen.pack.writer import PackWriter
@@ -130,14 +131,18 @@ class MemorySource:
         self.before = before
         self.change = change
 
-    def read(self, digest: str, offset: int, length: int) -> bytes:
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         pack = self.packs[digest]
+        length = len(buffer)
         frames = pack.frames_of(offset, length)
         self.reads.append(Range(frames, threading.current_thread().name, time.monotonic()))
         if self.before is not None:
             self.before(frames)
         data = pack.blob[offset : offset + length]
-        return data if self.change is None else self.change(data, frames)  # type: ignore[return-value]
+        given: bytes = data if self.change is None else self.change(data, frames)  # type: ignore[assignment]
+        if len(given) != length:
+            raise IntegrityError(f"{len(given)} bytes at byte {offset}, {length} expected")
+        buffer[:] = given
 
     @property
     def fetched(self) -> Counter[int]:

@@ -66,16 +66,17 @@ def reads(monkeypatch, sample):
     """What is read of packs' frames from now on, as (slot, frame); a read may have several."""
     found = []
     tables = {pack.digest: (pack, open_pack(sample.image.store, pack).toc) for pack in sample.image.packs}
-    read = DirectoryStore.read
+    read = DirectoryStore.read_into
 
-    def recording(self, digest, offset, length):
+    def recording(self, digest, offset, buffer):
+        length = len(buffer)
         if digest in tables and offset < tables[digest][0].toc.offset:
             pack, toc = tables[digest]
             starts = toc.offsets.tolist()[: len(toc)]
             found.extend((pack.slot, frame) for frame, at in enumerate(starts) if offset <= at < offset + length)
-        return read(self, digest, offset, length)
+        read(self, digest, offset, buffer)
 
-    monkeypatch.setattr(DirectoryStore, "read", recording)
+    monkeypatch.setattr(DirectoryStore, "read_into", recording)
     return found
 
 
@@ -130,7 +131,7 @@ def test_frames_used_in_the_same_instant_are_evicted(sample, tmp_path):
 def test_what_is_there_is_not_read_again(sample, tmp_path, monkeypatch):
     cache = HostCache(tmp_path / "root")
     first = cache.materialise(sample.image)
-    monkeypatch.setattr(DirectoryStore, "read", lambda *arguments: pytest.fail("the store was read"))
+    monkeypatch.setattr(DirectoryStore, "read_into", lambda *arguments: pytest.fail("the store was read"))
     assert cache.materialise(sample.image) == first
 
 
@@ -249,12 +250,12 @@ def test_another_boot_without_the_store(sample, tmp_path, monkeypatch):
     everything = all_frames(sample.image)
     os.removexattr(index, BOOT)
 
-    def unreachable(self, digest, offset, length):
+    def unreachable(self, digest, offset, buffer):
         raise RemoteError("unreachable")
 
     reboot(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryStore, "read", unreachable)
+        patch.setattr(DirectoryStore, "read_into", unreachable)
         assert not cache.is_complete(cache.image(sample.image.digest, ""))
         cache.materialise(sample.image)
     check_complete(sample.image, index, devices)
@@ -262,7 +263,7 @@ def test_another_boot_without_the_store(sample, tmp_path, monkeypatch):
     with devices[0].open("r+b") as file:
         file.write(b"damage")
     with monkeypatch.context() as patch:
-        patch.setattr(DirectoryStore, "read", unreachable)
+        patch.setattr(DirectoryStore, "read_into", unreachable)
         with pytest.raises(RemoteError):
             cache.materialise(sample.image)
     assert check_marked(cache, sample.image) == everything - {(1, 0)}
@@ -322,7 +323,7 @@ def test_without_extended_attributes(sample, tmp_path, monkeypatch):
     check_complete(sample.image, index, devices)
     assert [name for name in synced if name.endswith(".part")] == [f"{index.name}.part"]
     reboot(monkeypatch)
-    monkeypatch.setattr(DirectoryStore, "read", lambda *arguments: pytest.fail("the store was read"))
+    monkeypatch.setattr(DirectoryStore, "read_into", lambda *arguments: pytest.fail("the store was read"))
     cache.materialise(sample.image)
 
 
@@ -360,15 +361,15 @@ from erofsgen.store.image import Image
 root, store, delay = sys.argv[1:]
 image = Image.open(DirectoryStore(store, create=False), "sample")
 tables = {pack.digest: pack.toc.offset for pack in image.packs}
-read = DirectoryStore.read
+read = DirectoryStore.read_into
 
-def slow(self, digest, offset, length):
+def slow(self, digest, offset, buffer):
     if offset < tables.get(digest, 0):
         print(digest, offset, flush=True)
         time.sleep(float(delay))
-    return read(self, digest, offset, length)
+    return read(self, digest, offset, buffer)
 
-DirectoryStore.read = slow
+DirectoryStore.read_into = slow
 filling.Engine = functools.partial(filling.Engine, threads=1, read_size=1)  # a frame at a time
 cache.HostCache(Path(root)).materialise(image)
 """
@@ -447,13 +448,13 @@ def test_raw_packs_share_extents(maker_on, make_file_system, monkeypatch):
     store = sample.image.store
     raw = sample.image.packs[2]
     before = os.statvfs(place).f_bfree
-    read = DirectoryStore.read
+    read = DirectoryStore.read_into
 
-    def recording(self, digest, offset, length):
+    def recording(self, digest, offset, buffer):
         assert digest != raw.digest or offset >= raw.toc.offset, "the pack's data was read through the store"
-        return read(self, digest, offset, length)
+        read(self, digest, offset, buffer)
 
-    monkeypatch.setattr(DirectoryStore, "read", recording)
+    monkeypatch.setattr(DirectoryStore, "read_into", recording)
     cache = HostCache(place / "root")
     index, devices = cache.materialise(sample.image)
     check = place / "root" / "packs" / f"{raw.hex}.data"

@@ -39,7 +39,7 @@ class Target:
 class Nothing:
     name = "nothing"
 
-    def read(self, digest: str, offset: int, length: int) -> bytes:
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         raise AssertionError
 
 

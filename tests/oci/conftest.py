@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import servers
 
-from erofsgen.oci.httpclient import Policy
+from erofsgen.oci.patience import Policy
 from erofsgen.oci.reference import Reference
 from erofsgen.oci.registry import RegistryImage
 

@@ -170,7 +170,7 @@ def test_an_authority_from_certs_d(encrypted, tmp_path, monkeypatch, sample, rea
     host, certificate = encrypted
     (tmp_path / "certs.d" / host).mkdir(parents=True)
     (tmp_path / "certs.d" / host / "ca.crt").write_bytes(certificate.read_bytes())
-    monkeypatch.setattr("erofsgen.oci.httpclient.CERTS_DIRS", (tmp_path / "none", tmp_path / "certs.d"))
+    monkeypatch.setattr("erofsgen.oci.tls.CERTS_DIRS", (tmp_path / "none", tmp_path / "certs.d"))
     with open_image(f"{host}/team/sample:v1") as image:
         assert read_layers(image) == sample.layers
 
@@ -190,6 +190,6 @@ def test_a_broken_certificate_is_named(encrypted, tmp_path, monkeypatch):
     host, _ = encrypted
     (tmp_path / "certs.d" / host).mkdir(parents=True)
     (tmp_path / "certs.d" / host / "ca.crt").write_text("nonsense")
-    monkeypatch.setattr("erofsgen.oci.httpclient.CERTS_DIRS", (tmp_path / "certs.d", tmp_path / "certs.d"))
+    monkeypatch.setattr("erofsgen.oci.tls.CERTS_DIRS", (tmp_path / "certs.d", tmp_path / "certs.d"))
     with pytest.raises(RemoteError, match=r"cannot load the certificates in .*certs\.d"):
         open_image(f"{host}/team/sample:v1")

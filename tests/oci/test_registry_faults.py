@@ -16,7 +16,7 @@ import servers
 from servers import body, chunked, cut, endless, ignore_range, redirect, silent, status
 
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError, RemoteError, StorageError, UnsupportedError
-from erofsgen.oci.httpclient import Policy
+from erofsgen.oci.patience import Policy
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(60)]
 
@@ -480,7 +480,7 @@ def test_no_redirect_from_https_to_http(tmp_path, pull, monkeypatch):
     with servers.faulty_registry(certificate) as registry:
         (tmp_path / "certs.d" / registry.host).mkdir(parents=True)
         certificate[0].rename(tmp_path / "certs.d" / registry.host / "ca.crt")
-        monkeypatch.setattr("erofsgen.oci.httpclient.CERTS_DIRS", (tmp_path / "certs.d", tmp_path / "certs.d"))
+        monkeypatch.setattr("erofsgen.oci.tls.CERTS_DIRS", (tmp_path / "certs.d", tmp_path / "certs.d"))
         registry.add_image(LAYER)
         registry.fault("/manifests/", redirect("http://example.invalid/"))
         with pytest.raises(RemoteError, match=r"redirects from HTTPS to plain HTTP at example\.invalid"):

@@ -30,7 +30,6 @@ from erofsgen.errors import (
     BusyError,
     ErofsgenError,
     FormatError,
-    IntegrityError,
     NotFoundError,
     RemoteError,
     StorageError,
@@ -247,9 +246,8 @@ class Engine:
         data: memoryview | None = None
         error: BaseException | None = None
         try:
-            data = memoryview(source.read(f"sha256:{read.target.name}", read.offset, read.length)).cast("B")
-            if len(data) != read.length:
-                raise IntegrityError(f"{len(data)} bytes at byte {read.offset}, {read.length} expected")
+            data = memoryview(bytearray(read.length))
+            source.read_into(f"sha256:{read.target.name}", read.offset, data)
         except BaseException as reason:  # noqa: BLE001 - a source may raise anything; the thread must live on
             error = reason
         with self._lock:

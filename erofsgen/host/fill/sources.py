@@ -33,8 +33,8 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
-    def read(self, digest: str, offset: int, length: int, /) -> bytes:
-        """Exactly ``length`` bytes at ``offset`` of the blob ``digest`` (``sha256:…``); whatever it raises, it failed.
+    def read_into(self, digest: str, offset: int, buffer: memoryview, /) -> None:
+        """Fill ``buffer`` with the bytes at ``offset`` of the blob ``digest``; whatever it raises, it failed.
 
         Called by several threads at once. It must come back some day: threads cannot be interrupted.
         """
@@ -45,7 +45,7 @@ class StoreSource:
 
     def __init__(self, store: Store) -> None:
         self.name = store.url
-        self.read = store.read
+        self.read_into = store.read_into
 
 
 class UrlSource:
@@ -53,15 +53,15 @@ class UrlSource:
 
     def __init__(self, url: str) -> None:
         self.name = url
-        self._read: Callable[[str, int, int], bytes] | None = None
+        self._store: Store | None = None
 
-    def read(self, digest: str, offset: int, length: int) -> bytes:
-        if self._read is None:
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        if self._store is None:
             try:
-                self._read = open_store(self.name).read
+                self._store = open_store(self.name)
             except NotFoundError as error:  # a store that is not there does not lack this blob alone
                 raise RemoteError(str(error), hint=error.hint) from error
-        return self._read(digest, offset, length)
+        self._store.read_into(digest, offset, buffer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,127 @@
+"""A store that a web server or a CDN serves: files of a directory store, or objects of an object store. Read only.
+
+``http[s]://HOST[:PORT][/PATH][?tls-verify=false]``. Servers that ask for a password get what ``~/.netrc`` has for them.
+Web servers do not list: an object store's references are found by name only.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from erofsgen.errors import FormatError, NotFoundError, UnsupportedError
+from erofsgen.oci.patience import Policy
+from erofsgen.oci.tls import tls_context
+from erofsgen.store import keys, layout
+from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store, scratch
+from erofsgen.store.manifest import MANIFEST_LIMIT
+from erofsgen.store.transport import Locate, Location, Transport
+
+_DESCRIPTOR_LIMIT: Final = 1 << 20
+
+
+class HttpStore(Store):
+    """The store below ``url``, which has no query. Raises NotFoundError, RemoteError."""
+
+    def __init__(
+        self, url: str, *, policy: Policy | None = None, tls_verify: bool = True, proxy: str | None = None
+    ) -> None:
+        self.url = url
+        self.scratch = scratch(url)
+        self._base = url.rstrip("/") + "/"
+        self._headers = _credentials(urlsplit(url).hostname or "")
+        tls = tls_context(None, verify=tls_verify) if url.startswith("https:") else None
+        self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
+
+    @property
+    def speed(self) -> Speed | None:  # type: ignore[override]
+        return self._transport.speed
+
+    def size(self, digest: str) -> int | None:
+        return self._transport.size(self._locate(keys.blob(digest)), f"blob {digest}")
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        self._transport.read_into(self._locate(keys.blob(digest)), offset, buffer, f"blob {digest}")
+
+    def references(self) -> dict[str, Descriptor]:
+        try:
+            data = self._transport.get(self._locate(keys.INDEX), MANIFEST_LIMIT, keys.INDEX)
+        except NotFoundError:
+            raise UnsupportedError(
+                f"{self.url}: this server does not list images", hint="name one that is there"
+            ) from None
+        return layout.references(layout.parse(data, what=f"{self._base}{keys.INDEX}"))
+
+    def reference(self, name: str) -> Descriptor | None:
+        with suppress(UnsupportedError):
+            return self.references().get(name)
+        try:
+            data = self._transport.get(self._locate(keys.reference(name)), _DESCRIPTOR_LIMIT, f"image {name!r}")
+        except NotFoundError:
+            return None
+        try:
+            return msgspec.json.decode(data, type=Descriptor)
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{self._base}{keys.reference(name)}: {error}") from None
+
+    def blobs(self) -> Iterator[tuple[str, int]]:
+        raise self._cannot("does not list blobs")
+
+    def record(self, key: str) -> bytes | None:  # noqa: ARG002
+        return None
+
+    def records(self) -> Iterator[str]:
+        return iter(())
+
+    def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def delete(self, digest: str) -> None:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def tag(self, name: str, manifest: Descriptor) -> None:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def untag(self, name: str) -> None:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def put_record(self, key: str, data: bytes) -> None:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def delete_record(self, key: str) -> None:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def building(self) -> AbstractContextManager[None]:
+        raise self._cannot("cannot be written to")
+
+    def collecting(self, *, wait: float = 0.0) -> AbstractContextManager[None]:  # noqa: ARG002
+        raise self._cannot("cannot be written to")
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _locate(self, key: str) -> Locate:
+        location = Location(self._base + quote(key), self._headers)
+        return lambda _refusal: location
+
+    def _cannot(self, what: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.url}: a web server {what}", hint="name the store that it serves")
+
+
+def _credentials(host: str) -> Mapping[str, str]:
+    """The header for what ``~/.netrc`` says of ``host``, if it says anything."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return {}
+    if found is None:
+        return {}
+    login, _, password = found
+    return {"Authorization": f"Basic {b64encode(f'{login}:{password}'.encode()).decode()}"}
