@@ -1,21 +1,37 @@
-"""``erofsgen pull``: an image into the host cache."""
+"""``erofsgen pull``: an image into the host cache, or from another store into this one."""
 
 from __future__ import annotations
 
 import click
 
-from erofsgen.cli.shared import Settings, cache_options, image_argument, verb
+from erofsgen.cli.shared import Settings, cache_options, copy_options, image_argument, verb
+from erofsgen.errors import UsageError
 
 
 @verb(json=True)
 @image_argument()
 @click.option("--all", "everything", is_flag=True, help="All data, too.")
+@click.option("--from", "source", metavar="STORE", help="Copy the image from STORE into the store instead.")
+@copy_options
 @cache_options
-def command(settings: Settings, image: str, everything: bool) -> None:
+def command(settings: Settings, image: str, everything: bool, source: str | None, name: str | None, jobs: int) -> None:
     """Put what mounting an image needs into the host cache.
 
-    That is its index and its packs' tables of contents; it can be mounted without the store then.
+    That is its index and its packs' tables of contents; it can be mounted without the store then. With --from, the
+    image comes whole from another store into this one, and the cache is left alone.
     """
+    if source is not None:
+        from erofsgen.cli.copying import copy
+        from erofsgen.store.open import open_store
+
+        copy(settings, open_store(source), settings.open_store(create=True), [image], name, jobs)
+        return
+    if name is not None:
+        raise UsageError("--as is for copies between stores", hint="name one with --from")
+    _into_cache(settings, image, everything)
+
+
+def _into_cache(settings: Settings, image: str, everything: bool) -> None:
     from erofsgen.cli import output
     from erofsgen.errors import NotFoundError
     from erofsgen.host.cache.cache import CachedImage

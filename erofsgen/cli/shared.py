@@ -143,7 +143,7 @@ def verb(*, json: bool = False, name: str | None = None) -> Callable[[Callable[.
 def shared_options(*, json: bool) -> list[click.Parameter]:
     """The options that set :class:`Settings`, for the program and for every verb."""
     options: list[click.Parameter] = [
-        _option(["--store"], metavar="STORE", help="Directory of the store. Environment: EROFSGEN_STORE."),
+        _option(["--store"], metavar="STORE", help="A directory or URL with images. Environment: EROFSGEN_STORE."),
         _option(["--root"], metavar="HOSTDIR", type=Path, help="Directory of host state. Environment: EROFSGEN_ROOT."),
         _option(["--debug"], is_flag=True, help="Print a traceback with an error."),
         _option(["--quiet", "-q"], is_flag=True, help="Print no progress."),
@@ -189,6 +189,16 @@ def plane_options(function: F) -> F:
         ),
         click.option("--eager", is_flag=True, help="Put all of the image's data on this host first."),
     ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def copy_options(function: F) -> F:
+    """The options of copies between stores."""
+    for option in (
+        click.option("--jobs", type=click.IntRange(1, 256), metavar="N", default=8, help="Blobs at a time."),
+        click.option("--as", "name", metavar="NAME", help="What the image is called there."),
+    ):
         function = option(function)
     return function
 

@@ -113,6 +113,10 @@ class Store(ABC):
         """The manifest that ``name`` means, None where it means none."""
         return self.references().get(name)
 
+    def called(self, name: str) -> str:
+        """What an image is called here, unless its user says so, that is called ``name`` in another store."""
+        return name
+
     @abstractmethod
     def tag(self, name: str, manifest: Descriptor) -> None:
         """Let ``name`` mean ``manifest``, replacing what it meant."""

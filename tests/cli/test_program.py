@@ -99,7 +99,7 @@ def test_no_store(erofsgen):
 
 
 def test_a_store_somewhere_else(erofsgen):
-    assert "not in this version" in erofsgen("--store", "s3://bucket/store", "images", code=8).err
+    assert "no gopher stores" in erofsgen("--store", "gopher://host/store", "images", code=2).err
 
 
 def test_no_such_image(sample):
