@@ -42,9 +42,7 @@ def test_copies_are_the_image(sample, tmp_path):
 def test_pull_from(sample, erofsgen, tmp_path):
     erofsgen.options[1] = str(tmp_path / "mine")
     erofsgen("pull", "--from", sample.store, "sample:1", "--as", "renamed")
-    assert [row["names"] for row in erofsgen("images", "--json").json] == [["renamed"]] or b"renamed" in erofsgen(
-        "images"
-    ).out
+    assert [row["name"] for row in erofsgen("images", "--json").json] == ["renamed"]
     assert not (erofsgen.root / "images").exists()
 
 
