@@ -1,4 +1,4 @@
-"""Fixtures every part's tests share: real images, an independent unpacker's opinion of them, a store, root."""
+"""Fixtures every part's tests share: real images, an independent unpacker's opinion of them, a store, root, servers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import imagemaker
 from handmade import ImageMaker
+from servers import ceph, moto, nginx
+from servers.s3 import S3Server
 
 from erofsgen.host import linux
 from erofsgen.store.directory import DirectoryStore
@@ -70,3 +72,26 @@ def mount_point(tmp_path: Path, require_root: None) -> Iterator[Path]:
     yield target
     while os.path.ismount(target):
         subprocess.run(["umount", "--lazy", str(target)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Ceph's S3 service. All tests share it; each makes its own ``bucket()``."""
+    with ceph.ceph_rgw(tmp_path_factory.mktemp("ceph")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_s3() -> Iterator[S3Server]:
+    """An S3 service in this process that checks no signatures. All tests share it; each makes its own ``bucket()``."""
+    with moto.moto_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def nginx_static(tmp_path: Path) -> Iterator[nginx.StaticServer]:
+    """nginx that serves the files a test puts in ``nginx_static.directory``."""
+    directory = tmp_path / "www"
+    directory.mkdir()
+    with nginx.nginx(tmp_path / "nginx", nginx.static_files(directory)) as url:
+        yield nginx.StaticServer(url, directory)

@@ -1,4 +1,4 @@
-"""Servers on loopback for tests: a real registry, and one that misbehaves on request."""
+"""A registry in this process that behaves, but for the faults it was given."""
 
 from __future__ import annotations
 
@@ -8,89 +8,16 @@ import json
 import re
 import socket
 import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-USER, PASSWORD = "tester", "pw"
-_HTPASSWD = "$2y$05$abcdefghijklmnopqrstuuHIrMEWpUCQe2YqFR3sXwQ75u4od..9q"
-"""bcrypt of PASSWORD."""
-
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
-
-
-# --- docker-registry -------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def docker_registry(
-    root: Path, *, password: bool = False, certificate: tuple[Path, Path] | None = None
-) -> Iterator[str]:
-    """Debian's docker-registry with its files below ``root``: its ``HOST:PORT``.
-
-    ``password`` asks everybody for USER and PASSWORD; ``certificate`` (certificate, key) makes it speak TLS.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    for _ in range(3):  # somebody else may take the port before the registry does
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        config: dict[str, Any] = {
-            "version": 0.1,
-            "log": {"level": "warn", "accesslog": {"disabled": True}},
-            "storage": {"filesystem": {"rootdirectory": str(root / "data")}, "delete": {"enabled": True}},
-            "http": {"addr": f"127.0.0.1:{port}"},
-        }
-        if password:
-            (root / "htpasswd").write_text(f"{USER}:{_HTPASSWD}\n")
-            config["auth"] = {"htpasswd": {"realm": "tests", "path": str(root / "htpasswd")}}
-        if certificate:
-            config["http"]["tls"] = {"certificate": str(certificate[0]), "key": str(certificate[1])}
-        (root / "config.yml").write_text(json.dumps(config))  # JSON is YAML
-        with open(root / "log", "ab") as log:
-            process = subprocess.Popen(
-                ["docker-registry", "serve", root / "config.yml"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        try:
-            if _answers(process, port):
-                yield f"localhost:{port}"
-                return
-        finally:
-            process.terminate()
-            process.wait(10)
-    pytest.fail((root / "log").read_text(errors="replace"))
-
-
-def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
-    deadline = time.monotonic() + 10
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for localhost, and its key."""
-    certificate, key = directory / "server.crt", directory / "server.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-         "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return certificate, key
-
-
-# --- a registry that misbehaves --------------------------------------------------------------------------------------
 
 
 def digest_of(data: bytes) -> str:
