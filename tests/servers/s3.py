@@ -6,9 +6,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import boto3
-from botocore.config import Config
-
 _numbers = itertools.count(1)
 
 
@@ -34,6 +31,9 @@ class S3Server:
 
     def client(self) -> Any:
         """A boto3 client that leaves out the checksums older services do not know."""
+        import boto3  # takes a third of a second, which most test runs need not spend
+        from botocore.config import Config
+
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint,
