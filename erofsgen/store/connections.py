@@ -99,6 +99,8 @@ class Connections:
         """Close what is idle, and break what is in use."""
         with self._lock:
             self.closed = True
+            for _, connection in itertools.chain.from_iterable(self._idle.values()):
+                connection.close()
             self._idle.clear()
             for connection in self._open:
                 if connection.sock is not None:

@@ -45,6 +45,10 @@ def open_store(url: str, *, create: bool = False, attempts: int | None = None) -
             from erofsgen.store.http import HttpStore
 
             store: Store = HttpStore(place, policy=policy, tls_verify=options.flag("tls-verify", default=True))
+        case "s3":
+            from erofsgen.store.s3 import open_s3
+
+            store = open_s3(place, options, policy=policy, create=create)
         case _:
             raise UsageError(f"{url}: there are no {scheme} stores", hint="s3, docker, http, https, or a directory")
     store.url = url

@@ -1,0 +1,212 @@
+"""Stores whose place holds objects, as S3 does: what to do with them, whoever keeps them.
+
+Every blob, reference, layer record and lock is one object, see :mod:`.keys`. Objects appear whole or not at all, and a
+listing shows whatever was written before it: nothing else is asked of the service, no conditional writes in particular.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Final, NamedTuple
+
+import msgspec
+
+from erofsgen.errors import FormatError, IntegrityError, NotFoundError, StorageError
+from erofsgen.store import keys
+from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store
+from erofsgen.store.locks import Locks, Times
+
+_DESCRIPTOR_LIMIT: Final = 1 << 20
+_RECORD_LIMIT: Final = 1 << 30
+_THREADS: Final = 8
+
+
+class Object(NamedTuple):
+    """One object: its size in bytes, and when the server says it was written, in seconds since 1970."""
+
+    key: str
+    size: int
+    modified: float
+
+
+class Objects(ABC):
+    """Objects of one place; keys are relative to it. Thread-safe. All raise RemoteError, and NotFoundError where the
+    place itself does not exist."""
+
+    speed: Speed | None = None
+
+    @abstractmethod
+    def get(self, key: str, limit: int) -> bytes | None:
+        """A small object, None where there is none. Raises RemoteError for more than ``limit`` bytes, too."""
+
+    @abstractmethod
+    def read_into(self, key: str, offset: int, buffer: memoryview, what: str) -> None:
+        """Fill ``buffer``. Raises NotFoundError (no such object), IntegrityError (it is shorter), naming ``what``."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, None where there is none."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, replacing another."""
+
+    @abstractmethod
+    def put_file(self, key: str, file: IO[bytes], size: int) -> None:
+        """Write an object with the ``size`` bytes of ``file``; whole or not at all."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[Object]:
+        """All objects whose keys begin with ``prefix``."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete an object; no error where there is none."""
+
+    @abstractmethod
+    def sweep(self, prefix: str) -> None:
+        """Drop what writers that crashed have left of objects whose keys begin with ``prefix``. Nobody may be writing
+        any."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class ObjectStore(Store):
+    """The store that ``objects`` make up. ``scratch`` is for what is on its way there."""
+
+    def __init__(self, url: str, objects: Objects, scratch: Path, *, times: Times | None = None) -> None:
+        self.url = url
+        self.scratch = scratch
+        self._objects = objects
+        self._locks = Locks(objects, url, times or Times())
+
+    @property
+    def speed(self) -> Speed | None:  # type: ignore[override]
+        return self._objects.speed
+
+    def size(self, digest: str) -> int | None:
+        return self._objects.size(keys.blob(digest))
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        self._objects.read_into(keys.blob(digest), offset, buffer, f"blob {digest}")
+
+    def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:
+        return _Upload(self._objects, self.scratch / "tmp", digest, size)
+
+    def blobs(self) -> Iterator[tuple[str, int]]:
+        for found in self._objects.list(keys.BLOBS):
+            yield f"sha256:{found.key.removeprefix(keys.BLOBS)}", found.size
+
+    def delete(self, digest: str) -> None:
+        self._locks.check()
+        self._objects.delete(keys.blob(digest))
+
+    def references(self) -> dict[str, Descriptor]:
+        names = [keys.name(found.key) for found in self._objects.list(keys.REFERENCES)]
+        with ThreadPoolExecutor(_THREADS, "references") as pool:
+            meant = list(pool.map(self.reference, names))
+        return {name: manifest for name, manifest in zip(names, meant, strict=True) if manifest is not None}
+
+    def reference(self, name: str) -> Descriptor | None:
+        key = keys.reference(name)
+        data = self._objects.get(key, _DESCRIPTOR_LIMIT)
+        if data is None:
+            return None
+        try:
+            return msgspec.json.decode(data, type=Descriptor)
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{self.url}: {key}: {error}") from None
+
+    def tag(self, name: str, manifest: Descriptor) -> None:
+        self._locks.check()
+        self._objects.put(keys.reference(name), msgspec.json.encode(manifest))
+
+    def untag(self, name: str) -> None:
+        key = keys.reference(name)
+        if self._objects.size(key) is None:
+            raise NotFoundError(f"{self.url}: no image {name!r}", hint="see `erofsgen images`")
+        self._objects.delete(key)
+
+    def record(self, key: str) -> bytes | None:
+        return self._objects.get(keys.RECORDS + key, _RECORD_LIMIT)
+
+    def put_record(self, key: str, data: bytes) -> None:
+        self._objects.put(keys.RECORDS + key, data)
+
+    def records(self) -> Iterator[str]:
+        for found in self._objects.list(keys.RECORDS):
+            yield found.key.removeprefix(keys.RECORDS)
+
+    def delete_record(self, key: str) -> None:
+        self._locks.check()
+        self._objects.delete(keys.RECORDS + key)
+
+    def building(self) -> AbstractContextManager[None]:
+        return self._locks.building()
+
+    @contextmanager
+    def collecting(self, *, wait: float = 0.0) -> Iterator[None]:
+        with self._locks.collecting(wait):
+            self._objects.sweep(keys.BLOBS)  # nobody is building: whoever began those is gone
+            yield
+
+    def close(self) -> None:
+        self._objects.close()
+
+
+class _Upload(BlobWriter):
+    """A blob in a nameless file of ``directory``, which is uploaded once it is whole and known to be needed."""
+
+    def __init__(self, objects: Objects, directory: Path, digest: str | None, size: int | None) -> None:
+        self._objects = objects
+        self._directory = directory
+        self._announced = digest, size
+        self._hash = hashlib.sha256()
+        self._size = 0
+        with self._spooling():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by __exit__)
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        self._hash.update(data)
+        with self._spooling():
+            self._file.write(data)
+        self._size += memoryview(data).nbytes
+
+    def commit(self) -> tuple[str, int]:
+        digest, size = self._announced
+        found = f"sha256:{self._hash.hexdigest()}"
+        if digest not in (None, found):
+            raise IntegrityError(f"blob {found} came instead of {digest}")
+        if size not in (None, self._size):
+            raise IntegrityError(f"blob {found} is {self._size} bytes, {size} expected")
+        with self._spooling():
+            self._file.seek(0)  # and write what is buffered
+        key = keys.blob(found)
+        if self._objects.size(key) != self._size:
+            self._objects.put_file(key, self._file, self._size)
+        self._file.close()
+        return found, self._size
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._spooling():
+            self._file.close()
+
+    @contextmanager
+    def _spooling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            hint = "free some space there, or set XDG_CACHE_HOME to another directory"
+            raise StorageError(f"{self._directory}: {error.strerror}", hint=hint) from error
