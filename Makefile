@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
-BENCHES := bench/build.py bench/host.py bench/fuse.py
+BENCHES := bench/build.py bench/host.py bench/fuse.py bench/store.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint vmtest vmtest-all bench clean

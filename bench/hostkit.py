@@ -34,6 +34,7 @@ from erofsgen.host.mount.mounts import mount, unmount
 from erofsgen.host.mount.state import Plane
 from erofsgen.host.pull import complete
 from erofsgen.pack.toc import Toc
+from erofsgen.store.base import Store
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 
@@ -55,7 +56,7 @@ class Host:
     def __init__(
         self,
         place: Path,
-        store: DirectoryStore,
+        store: Store,
         name: str,
         options: Sequence[str] = (),
         *,
@@ -228,7 +229,7 @@ def make_data(place: Path, mebibytes: int, *, compressible: bool) -> None:
                 file.write(data.translate(SKEWED) if compressible else data)
 
 
-def build(store: DirectoryStore, source: str, name: str) -> None:
+def build(store: Store, source: str, name: str) -> None:
     run(EROFSGEN, "--store", store.url, "build", "--json", "--tag", name, source)
 
 

@@ -25,6 +25,9 @@ DATA = ("raw", "compressible")
 """Images of :func:`hostkit.make_data`, by the kind of their packs."""
 
 
+B = TypeVar("B", bound="Bench")
+
+
 class Bench:
     """Images in one store below ``work``, and what was measured so far, by part."""
 
@@ -40,6 +43,12 @@ class Bench:
         self._part = ""
         self._built: set[str] = set()
         self._places = count()
+
+    def __enter__(self: B) -> B:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Nothing of the bench's own is left running."""
 
     def measure(self, part: str, work: Callable[[Bench], None]) -> None:
         say(f"{part}: {(work.__doc__ or '').splitlines()[0]}")
@@ -86,9 +95,6 @@ class Bench:
         return Plain(self.place(), self.store, self.built(name))
 
 
-B = TypeVar("B", bound=Bench)
-
-
 def arguments(description: str, *, image_for: str) -> argparse.ArgumentParser:
     """The options that all have. ``image_for``: the parts that measure an image of many files."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
@@ -118,8 +124,8 @@ def measure(
     work = (options.work or REPOSITORY / ".cache" / "bench").resolve()
     work.mkdir(parents=True, exist_ok=True)
     say(machine())
-    with tempfile.TemporaryDirectory(dir=work, prefix=f"{Path(sys.argv[0]).stem}-") as scratch:
-        bench = kind(Path(scratch), options)
+    scratch = tempfile.TemporaryDirectory(dir=work, prefix=f"{Path(sys.argv[0]).stem}-")
+    with scratch, kind(Path(scratch.name), options) as bench:
         for part in parts:
             bench.measure(part, measurements[part])
     for part, figures in bench.figures.items():

@@ -107,6 +107,11 @@ class Connections:
                     with suppress(OSError):
                         socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
+    def __del__(self) -> None:
+        """Stores are often just dropped, and what is idle with them."""
+        for _, connection in itertools.chain.from_iterable(self._idle.values()):
+            connection.close()
+
     def _connect(self, route: Route) -> Connection:
         addresses = self._resolve(route.host, route.port)
         start = next(self._turn)
