@@ -17,7 +17,8 @@ LMDB serialises writers of all processes; a transaction covers one layer.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 from typing import Final, NamedTuple
@@ -26,7 +27,7 @@ import lmdb
 import msgspec
 import numpy as np
 
-from erofsgen.errors import ErofsgenError, StorageError
+from erofsgen.errors import ErofsgenError, FormatError, StorageError, UnsupportedError
 from erofsgen.pack.toc import read_dictionary
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import Image, open_pack
@@ -51,8 +52,11 @@ class Place(NamedTuple):
 class Dictionary:
     """Opened for one build. ``packs`` maps the numbers :meth:`find` answers with to pack descriptors."""
 
-    def __init__(self, path: Path, store: Store) -> None:
-        """Open or create it at ``path`` and take in what ``store`` has gained since. Raises StorageError."""
+    def __init__(self, path: Path, store: Store, alive: Set[str]) -> None:
+        """Open or create it at ``path`` and take in what ``store`` has gained since; ``alive`` are its blobs' digests.
+
+        Raises StorageError.
+        """
         self.packs: dict[int, Descriptor] = {}
         self._numbers: dict[str, int] = {}
         try:
@@ -62,7 +66,7 @@ class Dictionary:
         except lmdb.Error:
             shutil.rmtree(path, ignore_errors=True)  # damaged: it is only a cache
             self._open(path)
-        self._sync(store)
+        self._sync(store, alive)
         self._read = self._env.begin(buffers=True)
         self._get = self._read.get
 
@@ -116,8 +120,7 @@ class Dictionary:
                         transaction.delete(key, db=self._packs)
         return gone
 
-    def _sync(self, store: Store) -> None:
-        alive = {digest for digest, _ in store.blobs()}
+    def _sync(self, store: Store, alive: Set[str]) -> None:
         with self._env.begin() as transaction:
             for key, value in transaction.cursor(self._packs):
                 descriptor = msgspec.json.decode(value, type=Descriptor)
@@ -163,6 +166,18 @@ class Dictionary:
     def _take(self, number: int, descriptor: Descriptor) -> None:
         self.packs[number] = descriptor
         self._numbers[descriptor.digest] = number
+
+
+def stored(store: Store) -> set[str]:
+    """The digests of all blobs; of a store that does not list them, those of the packs that its images name."""
+    try:
+        return {digest for digest, _ in store.blobs()}
+    except UnsupportedError:
+        found: set[str] = set()
+        for name, manifest in store.references().items():
+            with suppress(FormatError):  # a damaged image; `check` tells
+                found.update(pack.digest for pack in Image(store, name, manifest).packs)
+        return found
 
 
 def _descriptor(pack: Pack) -> Descriptor:

@@ -46,7 +46,7 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
                 store.delete_record(key)
             for digest in garbage:
                 store.delete(digest)
-            dictionary = Dictionary(store.dictionary, store)
+            dictionary = Dictionary(store.dictionary, store, blobs.keys() - garbage)
             try:
                 dictionary.prune()
             finally:

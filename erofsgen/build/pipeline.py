@@ -16,7 +16,7 @@ import msgspec
 from erofsgen.build import record as records
 from erofsgen.build.assemble import Assembler, write_manifest
 from erofsgen.build.convert import Converter, Counts
-from erofsgen.build.dictionary import Dictionary
+from erofsgen.build.dictionary import Dictionary, stored
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
 from erofsgen.build.record import LayerRecord
@@ -75,14 +75,16 @@ def build_image(
     """
     options = options or BuildOptions()
     started = time.monotonic()
+    name = tag or store.called(source.name)
+    store.check_name(name)
     with ExitStack() as stack:
         stack.enter_context(_no_cycle_collection())
         stack.enter_context(store.building())
+        before = stored(store)
         dictionary = None
         if options.dedup:
-            dictionary = Dictionary(store.dictionary, store)
+            dictionary = Dictionary(store.dictionary, store, before)
             stack.callback(dictionary.close)
-        before = {digest for digest, _ in store.blobs()}
         packer = stack.enter_context(
             Packer(
                 store,
@@ -102,7 +104,6 @@ def build_image(
         if source.subject is not None:
             subject = Descriptor(source.subject.media_type, source.subject.digest, source.subject.size)
         manifest = write_manifest(store, assembled, source.config, subject, options)
-        name = tag or source.name
         store.tag(name, manifest)
         counts = build.counts
         return BuildResult(

@@ -87,7 +87,7 @@ class Authorizer:
         """
         with self._lock:
             if time.monotonic() >= self._expires:
-                self._renew()
+                self._renew(self._challenge)
             return self._value, self._generation
 
     def renew(self, generation: int, challenges: Iterable[str]) -> bool:
@@ -96,17 +96,18 @@ class Authorizer:
         False where nothing is known that could help. Raises Transient, RemoteError.
         """
         with self._lock:
-            if generation != self._generation:
-                return True  # another thread was faster
             offered = {challenge.scheme: challenge for challenge in reversed(parse_challenges(challenges))}
-            self._challenge = offered.get("bearer") or offered.get("basic") or self._challenge
-            if self._challenge is None:
+            challenge = offered.get("bearer") or offered.get("basic") or self._challenge
+            if challenge is None:
                 return False
-            self._renew()
+            challenge = _with_scope_of(self._challenge, challenge)
+            if generation == self._generation or challenge != self._challenge:  # else another thread was faster
+                self._renew(challenge)
+                self._challenge = challenge
             return True
 
-    def _renew(self) -> None:
-        credentials, challenge = self._credentials(), self._challenge
+    def _renew(self, challenge: Challenge | None) -> None:
+        credentials = self._credentials()
         if challenge is not None and challenge.scheme == "bearer":
             value, lifetime = self._bearer(challenge.parameters, credentials)
         elif credentials is not None and credentials.basic:
@@ -164,6 +165,19 @@ class Authorizer:
             refused = f"{response.url.host} refused {'the credentials' if known else 'anonymous access'}"
             return RemoteError(f"{refused} for {self._registry}/{self._repository}", hint=login_hint(self._registry))
         return failure(response, f"a token for {self._registry}", self._http.error_text(response))
+
+
+def _with_scope_of(old: Challenge | None, new: Challenge) -> Challenge:
+    """``new``, for what either asks for: threads that read must not take from those that write what they may do."""
+    if old is None or new.scheme != "bearer" or old.scheme != "bearer":
+        return new
+    scope: dict[str, dict[str, None]] = {}
+    for challenge in (old, new):
+        for part in challenge.parameters.get("scope", "").split():
+            resource, _, actions = part.rpartition(":")
+            scope.setdefault(resource, {}).update(dict.fromkeys(actions.split(",")))
+    text = " ".join(f"{resource}:{','.join(actions)}" for resource, actions in scope.items())
+    return Challenge(new.scheme, {**new.parameters, "scope": text} if text else new.parameters)
 
 
 def login_hint(registry: str) -> str:

@@ -1,7 +1,7 @@
 """HTTP as a registry needs it: redirects that leak nothing, TLS per host, patience with limits.
 
-Only GET and POST, only bodies that are streamed. Failures come in two kinds: :class:`Transient` may be tried again,
-an :class:`~erofsgen.errors.ErofsgenError` may not.
+Bodies are streamed, both ways. Failures come in two kinds: :class:`Transient` may be tried again, an
+:class:`~erofsgen.errors.ErofsgenError` may not.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import httpx
 import msgspec
@@ -43,8 +43,15 @@ class _Errors(msgspec.Struct):
     errors: list[_ErrorEntry] = []
 
 
+class Body(NamedTuple):
+    """What a request sends: ``size`` bytes, which each call of ``pieces`` gives anew from their start."""
+
+    size: int
+    pieces: Callable[[], Iterable[bytes]]
+
+
 class HttpClient:
-    """Streams GET and POST responses for one registry and the hosts it sends us to. Thread-safe.
+    """Streams responses for one registry and the hosts it sends us to. Thread-safe.
 
     TLS is verified with the system's authorities, and ``certs.d`` for the registry itself. Proxies come from the
     environment, but never for this machine.
@@ -67,24 +74,35 @@ class HttpClient:
 
     @contextmanager
     def stream(
-        self, method: str, url: str | httpx.URL, headers: Mapping[str, str], *, form: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: str | httpx.URL,
+        headers: Mapping[str, str],
+        *,
+        form: Mapping[str, str] | None = None,
+        body: Body | None = None,
     ) -> Iterator[httpx.Response]:
         """The response to one request, of any status but a redirect, its body not yet read.
 
-        ``Authorization`` does not follow a redirect to another scheme, host or port. Raises Transient, RemoteError.
+        Redirects are followed where something is asked for, not where something is changed. ``Authorization`` does not
+        follow to another scheme, host or port. Raises Transient, RemoteError.
         """
         target = httpx.URL(url)
         sent = dict(headers)
         for _ in range(_REDIRECTS):
-            with self._send(method, target, sent, form) as response:
+            with self._send(method, target, sent, form, body) as response:
                 location = response.headers.get("Location")
                 if response.status_code not in _REDIRECT_CODES or not location:
                     yield response
                     return
-            following = self._join(target, location)
+            following = self.join(target, location)
+            if form is None and method not in ("GET", "HEAD"):
+                raise RemoteError(
+                    f"{_origin_text(target)} redirects {method} to {_origin_text(following)}, which is not followed"
+                )
             if origin(following) != origin(target):
                 sent.pop("Authorization", None)
-            target, method, form = following, "GET", None
+            target, method, form = following, method if form is None else "GET", None
         raise RemoteError(f"{_origin_text(httpx.URL(url))} redirects more than {_REDIRECTS} times")
 
     def body(self, response: httpx.Response, limit: int, what: str) -> bytes:
@@ -144,16 +162,40 @@ class HttpClient:
         for client in clients.values():
             client.close()
 
+    def __del__(self) -> None:
+        """Stores are often just dropped, and their connections with them."""
+        self.dispose()
+
     @contextmanager
     def _send(
-        self, method: str, url: httpx.URL, headers: Mapping[str, str], form: Mapping[str, str] | None
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        form: Mapping[str, str] | None,
+        body: Body | None,
     ) -> Iterator[httpx.Response]:
         where = _origin_text(url)
+        policy = self.policy
+        timeout = httpx.Timeout(policy.read_timeout, connect=policy.connect_timeout, pool=None)
+        content = None
+        if body is not None:
+            headers = {**headers, "Content-Length": str(body.size)}
+            content = body.pieces()
+            timeout.read = policy.upload_timeout
         with _translated(where):
             if self.stop.is_set():
                 raise RemoteError(f"the request to {where} was given up")
             client = self._client(url)
-            request = client.build_request(method, url, headers=headers, data=form, extensions={"trace": self._trace})
+            request = client.build_request(
+                method,
+                url,
+                headers=headers,
+                data=form,
+                content=content,
+                timeout=timeout,
+                extensions={"trace": self._trace},
+            )
             response = client.send(request, stream=True)
         try:
             with _translated(where):
@@ -176,7 +218,6 @@ class HttpClient:
         key = (url.scheme, own, local)
         with self._lock:
             if key not in self._clients:
-                policy = self.policy
                 if url.scheme == "https":
                     context = tls_context(self._registry if own else None, verify=self._tls_verify)
                 else:  # never used, and reading the system's authorities takes its time
@@ -184,13 +225,13 @@ class HttpClient:
                 self._clients[key] = httpx.Client(
                     headers=_HEADERS,
                     verify=context,
-                    timeout=httpx.Timeout(policy.read_timeout, connect=policy.connect_timeout, pool=None),
                     limits=httpx.Limits(max_connections=None),
                     trust_env=not local,
                 )
             return self._clients[key]
 
-    def _join(self, base: httpx.URL, location: str) -> httpx.URL:
+    def join(self, base: httpx.URL, location: str) -> httpx.URL:
+        """Where a server sends us with its ``Location``. Raises RemoteError (nowhere, or away from TLS)."""
         where = _origin_text(base)
         try:
             url = base.join(location)

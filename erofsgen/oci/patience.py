@@ -30,6 +30,8 @@ class Policy:
     """Silence that breaks a connection."""
     document_timeout: float = 60.0
     """For the whole of a manifest, a config or a token."""
+    upload_timeout: float = 300.0
+    """Silence behind a body that was sent: a registry verifies a blob and puts it in its place before it answers."""
     min_rate: int = 1024
     """Bytes per second, averaged over ``read_timeout``, below which a connection is broken."""
 

@@ -86,6 +86,11 @@ def is_digest(text: str) -> bool:
     return match is not None and len(match[2]) == _DIGEST_LENGTHS[match[1]]
 
 
+def is_tag(text: str) -> bool:
+    """Whether ``text`` can be a tag of a repository."""
+    return _TAG.fullmatch(text) is not None
+
+
 def is_loopback(host: str) -> bool:
     """Whether ``HOST[:PORT]`` can only be this machine."""
     name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host

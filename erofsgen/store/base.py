@@ -59,7 +59,7 @@ class Store(ABC):
     Blobs are immutable and named by SHA-256; writing one that exists is no error. References map names to manifests.
     Layer records are small files a builder keeps to save work; losing one costs time, never data.
 
-    What a kind of store cannot do (HTTP has no writes, a registry no layer records) raises UnsupportedError.
+    What a kind of store cannot do (HTTP has no writes, a registry no list of blobs) raises UnsupportedError.
     """
 
     url: str
@@ -116,6 +116,9 @@ class Store(ABC):
     def called(self, name: str) -> str:
         """What an image is called here, unless its user says so, that is called ``name`` in another store."""
         return name
+
+    def check_name(self, name: str) -> None:  # noqa: B027  (most take any)
+        """Raises UsageError where no image can be called ``name`` here: before the work, not when it is done."""
 
     @abstractmethod
     def tag(self, name: str, manifest: Descriptor) -> None:

@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from erofsgen.erofs.check import check_index
-from erofsgen.errors import FormatError, NotFoundError, StorageError
+from erofsgen.errors import FormatError, NotFoundError, StorageError, UnsupportedError
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import Image
@@ -96,8 +96,10 @@ class _Check:
         return self._report({})
 
     def everything(self) -> Report:
-        """Check the whole store."""
-        blobs = dict(self._store.blobs())  # first: a build that ends now would seem to leave its blobs unreferenced
+        """Check the whole store, as far as it lists what is in it."""
+        blobs: dict[str, int] = {}
+        with suppress(UnsupportedError):
+            blobs.update(self._store.blobs())  # first: a build that ends now would seem to leave blobs unreferenced
         try:
             self._check(self._store.references())
         except FormatError as error:

@@ -46,6 +46,7 @@ def copy_image(
     """
     started = time.monotonic()
     name = destination.called(image.name) if name is None else name
+    destination.check_name(name)
     manifest = Descriptor(MANIFEST_TYPE, image.digest, image.manifest_size, artifact_type=image.manifest.artifact_type)
     wanted = {blob.digest: blob.size for blob in (image.manifest.config, *image.manifest.layers)}
     with ExitStack() as stack:

@@ -41,10 +41,19 @@ def open_store(url: str, *, create: bool = False, attempts: int | None = None) -
     place, _, query = url.partition("?")
     options = Options(url, query)
     match scheme:
+        case "docker":
+            from erofsgen.store.registry import RegistryStore
+
+            store: Store = RegistryStore(
+                place,
+                policy=policy,
+                tls_verify=options.flag("tls-verify", default=True),
+                authfile=options.text("authfile"),
+            )
         case "http" | "https":
             from erofsgen.store.http import HttpStore
 
-            store: Store = HttpStore(place, policy=policy, tls_verify=options.flag("tls-verify", default=True))
+            store = HttpStore(place, policy=policy, tls_verify=options.flag("tls-verify", default=True))
         case "s3":
             from erofsgen.store.s3 import open_s3
 

@@ -81,7 +81,7 @@ class Transport:
             tls=tls, connect_timeout=self.policy.connect_timeout, proxy=proxy, sources=sources
         )
         self._lock = threading.Lock()
-        self._moved: dict[str, tuple[float, str]] = {}
+        self._moved: dict[tuple[str, str], tuple[float, str]] = {}
         self.speed: Speed | None = None
 
     def read_into(self, locate: Locate, offset: int, buffer: memoryview, what: str) -> None:
@@ -161,10 +161,11 @@ class Transport:
                     yield answer
                     return
                 body = answer.error_text()
-            self._forget_moves(location.url)
+            self._forget_moves(method, location.url)
             moved = answer.url != location.url
             if refusal is None and (status in _REFUSALS or (moved and status in (404, 410))):
-                names = {name.lower(): value for name, value in answer.response.getheaders()}
+                given = answer.response.headers
+                names = {name.lower(): ", ".join(given.get_all(name, [])) for name in given}
                 refusal = Refusal(location, status, names, body)
                 continue
             raise _failure(answer, what, body)
@@ -172,7 +173,7 @@ class Transport:
     @contextmanager
     def _follow(self, method: str, location: Location, headers: Mapping[str, str], what: str) -> Iterator[_Answer]:
         """The answer that is no redirect. What a location's headers hold does not go to another origin."""
-        url = self._moved_to(location.url)
+        url = self._moved_to(method, location.url)
         for _ in range(_REDIRECTS):
             own = location.headers if _origin(url) == _origin(location.url) else {}
             with self._send(method, url, {**headers, **own}, what) as answer:
@@ -188,7 +189,7 @@ class Transport:
                 raise RemoteError(f"{answer.where} redirects from HTTPS to plain HTTP")
             url = target
             with self._lock:
-                self._moved[location.url] = time.monotonic() + _MOVED, url
+                self._moved[method, location.url] = time.monotonic() + _MOVED, url
         raise RemoteError(f"{_host(urlsplit(location.url))} redirects more than {_REDIRECTS} times")
 
     @contextmanager
@@ -225,14 +226,14 @@ class Transport:
 
     # --- what was learnt ---------------------------------------------------------------------------------------------
 
-    def _moved_to(self, url: str) -> str:
-        with self._lock:
-            until, target = self._moved.get(url, (0.0, url))
+    def _moved_to(self, method: str, url: str) -> str:
+        with self._lock:  # by method, because signatures hold for one
+            until, target = self._moved.get((method, url), (0.0, url))
             return target if time.monotonic() < until else url
 
-    def _forget_moves(self, url: str) -> None:
+    def _forget_moves(self, method: str, url: str) -> None:
         with self._lock:
-            self._moved.pop(url, None)
+            self._moved.pop((method, url), None)
 
     def _measured(self, latency: float, length: int, seconds: float) -> None:
         with self._lock:
