@@ -52,7 +52,7 @@ CATALOGUE = {
     )
 }
 
-QUICK = {"6.12-ondemand": "not [blockfuse and not [fuse", "6.12": "not [fuse"}
+QUICK = {"6.12-ondemand": "not [blockfuse and not [fuse", "6.12": "not [fuse and not [eager"}
 """What ``make vmtest`` runs: kernels, and which cases on each. What these leave out the suite tests on this machine."""
 
 
