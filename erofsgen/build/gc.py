@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import msgspec
@@ -16,6 +18,9 @@ from erofsgen.store.image import Image
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 """Files with other names are not ours to delete; `check` tells about them."""
+
+_THREADS: Final = 8
+"""Requests at a time: stores are far away."""
 
 
 class GcResult(msgspec.Struct, frozen=True):
@@ -36,16 +41,21 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
     IntegrityError for an image whose manifest cannot be read:
     then nothing is deleted, because what that image needs is unknown.
     """
-    with store.collecting(wait=wait), progress.task("collecting garbage"):
-        reached = _reached(store)
+    with (
+        store.collecting(wait=wait),
+        progress.task("collecting garbage"),
+        ThreadPoolExecutor(_THREADS, "gc") as pool,
+    ):
+        reached = _reached(store, pool)
         blobs = {digest: size for digest, size in store.blobs() if _DIGEST.fullmatch(digest)}
         garbage = blobs.keys() - reached
-        stale = [key for key in store.records() if _stale(store, key, garbage)]
+        records = list(store.records())
+        found = pool.map(lambda key: _stale(store, key, garbage), records)
+        stale = [key for key, is_stale in zip(records, found, strict=True) if is_stale]
         if not dry_run:
-            for key in stale:  # first: a record that outlived its packs would be found useless later, one by one
-                store.delete_record(key)
-            for digest in garbage:
-                store.delete(digest)
+            # first: a record that outlived its packs would be found useless later, one by one
+            deque(pool.map(store.delete_record, stale), 0)
+            deque(pool.map(store.delete, garbage), 0)
             dictionary = Dictionary(store.dictionary, store, blobs.keys() - garbage)
             try:
                 dictionary.prune()
@@ -62,11 +72,10 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
         )
 
 
-def _reached(store: Store) -> set[str]:
+def _reached(store: Store, pool: ThreadPoolExecutor) -> set[str]:
     reached = set()
-    for name, descriptor in store.references().items():
-        image = Image(store, name, descriptor)
-        reached.add(descriptor.digest)
+    for image in pool.map(lambda item: Image(store, *item), store.references().items()):
+        reached.add(image.digest)
         reached.add(image.manifest.config.digest)
         reached.update(layer.digest for layer in image.manifest.layers)
     return reached

@@ -21,9 +21,8 @@ def command(
     Only what TO lacks is sent. Without IMAGE, all of them are copied.
     """
     from erofsgen.cli.copying import copy, destination_of
-    from erofsgen.store.open import open_store
 
-    origin = open_store(source)
+    origin = settings.open_store(source)
     names = images or tuple(sorted(origin.references()))
     url, tag = destination_of(destination)
-    copy(settings, origin, open_store(url, create=True), names, name or tag, jobs)
+    copy(settings, origin, settings.open_store(url, create=True), names, name or tag, jobs)

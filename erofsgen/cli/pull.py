@@ -22,9 +22,8 @@ def command(settings: Settings, image: str, everything: bool, source: str | None
     """
     if source is not None:
         from erofsgen.cli.copying import copy
-        from erofsgen.store.open import open_store
 
-        copy(settings, open_store(source), settings.open_store(create=True), [image], name, jobs)
+        copy(settings, settings.open_store(source), settings.open_store(create=True), [image], name, jobs)
         return
     if name is not None:
         raise UsageError("--as is for copies between stores", hint="name one with --from")

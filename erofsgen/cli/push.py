@@ -17,7 +17,6 @@ def command(settings: Settings, images: tuple[str, ...], destination: str, name:
     TO is a store: a directory, s3://BUCKET/PREFIX or docker://HOST/REPOSITORY[:TAG]. Only what it lacks is sent.
     """
     from erofsgen.cli.copying import copy, destination_of
-    from erofsgen.store.open import open_store
 
     url, tag = destination_of(destination)
-    copy(settings, settings.open_store(), open_store(url, create=True), images, name or tag, jobs)
+    copy(settings, settings.open_store(), settings.open_store(url, create=True), images, name or tag, jobs)

@@ -52,15 +52,22 @@ class Settings:
 
         return HostCache(self.root, directories=self.cache_dirs, max_bytes=self.max_bytes)
 
-    def open_store(self, *, create: bool = False, change: bool = False) -> Store:
-        """The store. ``change`` readies an OCI layout that another tool has written for changes, too.
+    def open_store(self, url: str | None = None, *, create: bool = False, change: bool = False) -> Store:
+        """The store, or the one at ``url``, until the verb ends. ``change`` readies an OCI layout that another tool
+        has written for changes, too.
 
-        Raises NotFoundError where there is none and ``create`` is not set, StorageError.
+        Raises NotFoundError where there is none and ``create`` is not set, StorageError, RemoteError.
         """
         from erofsgen.store.open import open_store
 
-        store = open_store(self.store, create=create)
-        return open_store(self.store, create=True) if change else store
+        url = self.store if url is None else url
+        store = open_store(url, create=create)
+        if change and "://" not in url:
+            store = open_store(url, create=True)
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.call_on_close(store.close)
+        return store
 
     def open_image(self, name: str) -> Image:
         """The image called ``name`` in the store. Raises NotFoundError, FormatError, IntegrityError, StorageError."""

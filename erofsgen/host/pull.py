@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from erofsgen.errors import BusyError, ErofsgenError, NotFoundError
+from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, RemoteError
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.part import settle
 from erofsgen.host.daemon.client import Client
@@ -25,13 +25,18 @@ def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
     url = absolute(url)  # the daemon has another working directory
     try:
         store = open_store(url)
-    except ErofsgenError:
+    except ErofsgenError as error:
+        unreachable = error
+    else:
         try:
-            return cache.image(name, url)
-        except NotFoundError:
-            pass
-        raise
-    return Image.open(store, name)
+            return Image.open(store, name)
+        except RemoteError as error:
+            unreachable = error
+    try:
+        return cache.image(name, url)
+    except NotFoundError:
+        pass
+    raise unreachable
 
 
 def complete(cache: HostCache, cached: CachedImage, image: Image | None, progress: Progress = SILENT) -> None:

@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from erofsgen.erofs.check import check_index
-from erofsgen.errors import FormatError, NotFoundError, StorageError, UnsupportedError
+from erofsgen.errors import FormatError, NotFoundError, RemoteError, StorageError, UnsupportedError
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import Image
@@ -70,7 +70,7 @@ def check(
     what is in it is in the report.
     """
     with ExitStack() as stack:
-        with suppress(StorageError):  # a store on read-only media: nobody collects garbage there either
+        with suppress(StorageError, RemoteError, UnsupportedError):  # whoever may only read cannot
             stack.enter_context(store.building())
         run = _Check(store, threads or len(os.sched_getaffinity(0)), progress)
         return run.everything() if names is None else run.named(names)

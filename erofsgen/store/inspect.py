@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import stat
 from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
@@ -17,6 +19,7 @@ from erofsgen.store.manifest import CHUNK_SIZE, INDEX_SIZE, number
 
 _PREFIX: Final = 8
 """Hex digits of a digest that are enough to name an image."""
+_THREADS: Final = 8
 
 
 class ImageFacts(msgspec.Struct, frozen=True):
@@ -103,22 +106,29 @@ def tags(store: Store, name: str) -> list[str]:
 def list_images(store: Store) -> list[ImageFacts]:
     """Every named image, by name."""
     references = sorted(store.references().items())
-    images: dict[str, Image | ErofsgenError] = {}
+    images = _open_all(store, references)
     users: defaultdict[str, set[str]] = defaultdict(set)
-    for name, descriptor in references:
-        if descriptor.digest not in images:
-            images[descriptor.digest] = image = _try_open(store, name, descriptor)
-            if isinstance(image, Image):
-                for pack in image.packs:
-                    users[pack.digest].add(descriptor.digest)
+    for digest, image in images.items():
+        if isinstance(image, Image):
+            for pack in image.packs:
+                users[pack.digest].add(digest)
     return [_facts(name, descriptor, images[descriptor.digest], users) for name, descriptor in references]
 
 
-def _try_open(store: Store, name: str, descriptor: Descriptor) -> Image | ErofsgenError:
-    try:
-        return Image(store, name, descriptor)
-    except ErofsgenError as error:
-        return error
+def _open_all(store: Store, references: Iterable[tuple[str, Descriptor]]) -> dict[str, Image | ErofsgenError]:
+    """Images by digest, or what is wrong with them."""
+
+    def try_open(item: tuple[str, Descriptor]) -> Image | ErofsgenError:
+        try:
+            return Image(store, *item)
+        except ErofsgenError as error:
+            return error
+
+    distinct: dict[str, tuple[str, Descriptor]] = {}
+    for name, descriptor in references:
+        distinct.setdefault(descriptor.digest, (name, descriptor))
+    with ThreadPoolExecutor(_THREADS, "open") as pool:
+        return dict(zip(distinct, pool.map(try_open, distinct.values()), strict=True))
 
 
 def _facts(name: str, descriptor: Descriptor, image: Image | ErofsgenError, users: dict[str, set[str]]) -> ImageFacts:
@@ -179,10 +189,10 @@ def _sharing(image: Image) -> dict[str, set[str]]:
     """Per pack digest the names of other images that have it. Images whose manifest is damaged do not count."""
     mine = {pack.digest for pack in image.packs}
     sharing: dict[str, set[str]] = {digest: set() for digest in mine}
-    for name, descriptor in image.store.references().items():
-        if descriptor.digest == image.digest:
-            continue
-        other = _try_open(image.store, name, descriptor)
+    others = [item for item in image.store.references().items() if item[1].digest != image.digest]
+    opened = _open_all(image.store, others)
+    for name, descriptor in others:
+        other = opened[descriptor.digest]
         if isinstance(other, Image):
             for pack in other.packs:
                 if pack.digest in mine:

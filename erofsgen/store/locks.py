@@ -201,11 +201,14 @@ class _Lock:
     def release(self) -> None:
         """Remove it. A lock that cannot be removed ends when it is stale."""
         self._done.set()
-        if self._thread.ident is not None:
+        taken = self._thread.ident is not None
+        if taken:
             self._thread.join()
         try:
             self._objects.delete(self.key)
         except ErofsgenError as error:
+            if not taken:
+                return  # what kept it from being written is being raised
             _logger.warning("cannot remove the lock %s, which keeps others waiting until it ends: %s", self.key, error)
 
     def _write(self) -> None:

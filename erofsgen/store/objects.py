@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -62,7 +62,7 @@ class Objects(ABC):
         """Write an object with the ``size`` bytes of ``file``; whole or not at all."""
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterator[Object]:
+    def list(self, prefix: str) -> Iterable[Object]:
         """All objects whose keys begin with ``prefix``."""
 
     @abstractmethod

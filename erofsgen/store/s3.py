@@ -25,56 +25,29 @@ from __future__ import annotations
 
 import re
 import ssl
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import IO, Any, Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import IO, Any, Final, TypeVar
 
-import boto3
-import botocore.session
 from boto3.s3.transfer import TransferConfig
-from botocore import UNSIGNED
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from erofsgen import __version__
 from erofsgen.errors import IntegrityError, RemoteError, UsageError
 from erofsgen.oci.patience import Patience, Policy, Transient, printable
 from erofsgen.oci.tls import tls_context
 from erofsgen.store.base import Speed, scratch
 from erofsgen.store.objects import Object, Objects, ObjectStore
 from erofsgen.store.open import Options
+from erofsgen.store.s3client import S3Client, Settings
 from erofsgen.store.s3errors import code_of, refused, status_of, translated
-from erofsgen.store.transport import Location, Refusal, Transport
+from erofsgen.store.transport import Location, Refusal, Transport, s3_error
 
-_VALID: Final = 3600
-"""Seconds that a presigned URL is valid."""
-_KEPT: Final = _VALID - 600.0
-_URLS: Final = 4096
+T = TypeVar("T")
+
 _PART: Final = 16 << 20
-_CONNECTIONS: Final = 32
-_RENEWAL: Final = 30.0
-"""Seconds between two times that credentials which the service refuses are looked for anew."""
-_ABSENT: Final = frozenset({"404", "NoSuchKey"})
-_XML: Final = re.compile(r"<Code>([^<]*)</Code>.*?(?:<Message>([^<]*)</Message>|$)", re.DOTALL)
+_UPLOAD: Final = TransferConfig(
+    multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=8, preferred_transfer_client="classic"
+)
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", re.ASCII)
-
-
-class Settings(NamedTuple):
-    """What a store's URL says, see the module."""
-
-    bucket: str
-    prefix: str = ""
-    endpoint: str | None = None
-    region: str | None = None
-    profile: str | None = None
-    path_style: bool | None = None
-    anonymous: bool = False
-    encryption: str | None = None
-    requester_pays: bool = False
-    client: str = "http"
-    sources: tuple[str, ...] = ()
 
 
 def parse(place: str, options: Options) -> Settings:
@@ -126,23 +99,12 @@ class S3Objects(Objects):
     def __init__(self, settings: Settings, *, policy: Policy, proxy: str | None = None) -> None:
         self._settings = settings
         self._policy = policy
-        self._where = f"s3://{settings.bucket}"
         self._payer = {"RequestPayer": "requester"} if settings.requester_pays else {}
         self._encryption = _encryption(settings.encryption)
-        self._lock = threading.Lock()
-        self._urls: OrderedDict[str, tuple[str, str | None, float]] = OrderedDict()
-        self._renewed = -_RENEWAL
-        self._connect()
-        bundle = self._session.get_config_variable("ca_bundle")
-        self._transport = Transport(
-            policy=policy, tls=_tls(bundle) if self.endpoint.startswith("https:") else None, proxy=proxy,
-            sources=settings.sources,
-        )  # fmt: skip
-
-    @property
-    def endpoint(self) -> str:
-        """The service's URL."""
-        return str(self._client.meta.endpoint_url)
+        self._client = S3Client(settings, policy)
+        self.endpoint = self._client.endpoint
+        tls = _tls(self._client.ca_bundle) if self.endpoint.startswith("https:") else None
+        self._transport = Transport(policy=policy, tls=tls, proxy=proxy, sources=settings.sources)
 
     @property
     def speed(self) -> Speed | None:  # type: ignore[override]
@@ -150,29 +112,29 @@ class S3Objects(Objects):
 
     def make_bucket(self) -> None:
         """Make the bucket where it is missing. Raises RemoteError."""
-        bucket = self._settings.bucket
-        with translated(self._where):
+
+        def make(s3: Any) -> None:  # noqa: ANN401  (boto3's clients have no types)
+            bucket = self._settings.bucket
             try:
-                self._client.head_bucket(Bucket=bucket)
+                s3.head_bucket(Bucket=bucket)
             except ClientError as error:
                 if status_of(error) != 404:
                     return  # it is there; who may not look may write yet
-                region = self._client.meta.region_name
+                region = s3.meta.region_name
                 elsewhere = ".amazonaws.com" in self.endpoint and region != "us-east-1"
                 place = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
                 try:
-                    self._client.create_bucket(Bucket=bucket, **place)
+                    s3.create_bucket(Bucket=bucket, **place)
                 except ClientError as failed:
                     if code_of(failed) != "BucketAlreadyOwnedByYou":  # somebody was quicker
                         raise
 
-    # --- objects -----------------------------------------------------------------------------------------------------
+        self._ask("", make)
 
     def get(self, key: str, limit: int) -> bytes | None:
-        where = f"{self._where}: {key}"
-        with translated(where):
+        def read(s3: Any) -> bytes | None:  # noqa: ANN401
             try:
-                answer = self._client.get_object(**self._object(key), **self._payer)
+                answer = s3.get_object(**self._named(key))
             except ClientError as error:
                 # what is not there is denied to those who may not list
                 if code_of(error) in ("NoSuchKey", "AccessDenied"):
@@ -180,60 +142,64 @@ class S3Objects(Objects):
                 raise
             with answer["Body"] as body:
                 data: bytes = body.read(limit + 1)
-        if len(data) > limit:
-            raise RemoteError(f"{where}: more than {limit} bytes")
+                return data
+
+        data = self._ask(key, read)
+        if data is not None and len(data) > limit:
+            raise RemoteError(f"{self._where(key)}: more than {limit} bytes")
         return data
 
     def size(self, key: str) -> int | None:
-        with translated(f"{self._where}: {key}"):
+        def head(s3: Any) -> int | None:  # noqa: ANN401
             try:
-                return int(self._client.head_object(**self._object(key), **self._payer)["ContentLength"])
+                return int(s3.head_object(**self._named(key))["ContentLength"])
             except ClientError as error:
-                if code_of(error) in _ABSENT:
+                if status_of(error) == 404:
                     return None
                 raise
 
+        return self._ask(key, head)
+
     def put(self, key: str, data: bytes) -> None:
-        with translated(f"{self._where}: {key}"):
-            self._client.put_object(**self._object(key), Body=data, **self._payer, **self._encryption)
+        self._ask(key, lambda s3: s3.put_object(**self._named(key), Body=data, **self._encryption))
 
     def put_file(self, key: str, file: IO[bytes], size: int) -> None:
         if size <= _PART:
             self.put(key, file.read())
             return
-        config = TransferConfig(
-            multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=8, preferred_transfer_client="classic"
-        )
-        with translated(f"{self._where}: {key}"):
-            self._client.upload_fileobj(
-                file, **self._object(key), ExtraArgs={**self._payer, **self._encryption}, Config=config
-            )
+        place, begin = self._place(key), file.tell()
 
-    def list(self, prefix: str) -> Iterator[Object]:
+        def upload(s3: Any) -> None:  # noqa: ANN401
+            file.seek(begin)
+            s3.upload_fileobj(file, **place, ExtraArgs={**self._payer, **self._encryption}, Config=_UPLOAD)
+
+        self._ask(key, upload)
+
+    def list(self, prefix: str) -> Iterable[Object]:
         skip = len(self._settings.prefix)
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._settings.bucket, Prefix=self._settings.prefix + prefix, **self._payer
+        return self._ask(
+            prefix,
+            lambda s3: [
+                Object(found["Key"][skip:], found["Size"], found["LastModified"].timestamp())
+                for page in s3.get_paginator("list_objects_v2").paginate(**self._below(prefix))
+                for found in page.get("Contents", ())
+            ],
         )
-        with translated(f"{self._where}: list of {prefix}"):
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    yield Object(found["Key"][skip:], found["Size"], found["LastModified"].timestamp())
 
     def delete(self, key: str) -> None:
-        with translated(f"{self._where}: {key}"):
-            self._client.delete_object(**self._object(key), **self._payer)
+        self._ask(key, lambda s3: s3.delete_object(**self._named(key)))
 
     def sweep(self, prefix: str) -> None:
         """Abort uploads in parts: their parts are kept, and paid for, until somebody does."""
-        bucket = self._settings.bucket
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=bucket, Prefix=self._settings.prefix + prefix, **self._payer
-        )
-        with translated(f"{self._where}: unfinished uploads"):
+
+        def abort(s3: Any) -> None:  # noqa: ANN401
+            pages = list(s3.get_paginator("list_multipart_uploads").paginate(**self._below(prefix)))
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
-                self._client.abort_multipart_upload(
-                    Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"], **self._payer
+                s3.abort_multipart_upload(
+                    Bucket=self._settings.bucket, Key=upload["Key"], UploadId=upload["UploadId"], **self._payer
                 )
+
+        self._ask(prefix, abort)
 
     def close(self) -> None:
         self._transport.close()
@@ -254,18 +220,20 @@ class S3Objects(Objects):
                     patience.pause(failure)
 
     def _read_with_boto3(self, key: str, offset: int, buffer: memoryview, what: str) -> None:
-        where = f"{self._where}: {what}"
-        end = offset + len(buffer)
-        with translated(where):
+        where, end = self._where(what), offset + len(buffer)
+
+        def get(s3: Any) -> Any:  # noqa: ANN401
             try:
-                answer = self._client.get_object(
-                    **self._object(key), Range=f"bytes={offset}-{end - 1}", **self._payer
-                )  # boto3 tries again by itself
+                return s3.get_object(**self._named(key), Range=f"bytes={offset}-{end - 1}")
             except ClientError as error:
                 if code_of(error) == "InvalidRange":
                     raise IntegrityError(f"{where} ends before byte {end}") from error
                 raise
+
+        answer = self._ask(what, get)
         with answer["Body"] as body:
+            if not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
+                raise RemoteError(f"{where}: the service answers with another range")
             if answer["ContentLength"] != len(buffer):
                 raise IntegrityError(f"{where}: {answer['ContentLength']} bytes at {offset}, {len(buffer)} expected")
             done = 0
@@ -279,77 +247,32 @@ class S3Objects(Objects):
 
     def _locate(self, key: str, refusal: Refusal | None) -> Location:
         """A URL for an object; with a refusal, one that is signed anew."""
-        where = f"{self._where}: {key}"
         if refusal is not None:
-            match = _XML.search(refusal.body)
-            code, message = (match[1], match[2] or "") if match else ("", "")
+            code, message = s3_error(refusal.body)
             if self._settings.anonymous or code in ("NoSuchBucket", "RequestTimeTooSkewed"):
-                raise refused(where, refusal.status, code, message)
-            self._renew()
-        with translated(where):
-            return Location(self._url(key, anew=refusal is not None), self._headers)
+                raise refused(self._where(key), refusal.status, code, message)
+            self._client.renew()
+        with translated(self._where(key)):
+            url = self._client.url(key, self._named(key), anew=refusal is not None)
+        return Location(url, {"x-amz-request-payer": "requester"} if self._payer else {})  # signed as a header
 
-    @property
-    def _headers(self) -> dict[str, str]:
-        """What is signed as a header."""
-        return {"x-amz-request-payer": "requester"} if self._payer else {}
+    # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _url(self, key: str, *, anew: bool) -> str:
-        credentials = self._session.get_credentials() if not self._settings.anonymous else None
-        owner = credentials.access_key if credentials is not None else None
-        now = time.monotonic()
-        with self._lock:
-            url, signed_by, until = self._urls.get(key, ("", None, 0.0))
-            if url and not anew and signed_by == owner and now < until:
-                self._urls.move_to_end(key)
-                return url
-            client = self._client
-        url = str(
-            client.generate_presigned_url("get_object", Params={**self._object(key), **self._payer}, ExpiresIn=_VALID)
-        )
-        with self._lock:
-            self._urls[key] = url, owner, now + _KEPT
-            self._urls.move_to_end(key)
-            if len(self._urls) > _URLS:
-                self._urls.popitem(last=False)
-        return url
+    def _ask(self, what: str, request: Callable[[Any], T]) -> T:
+        with translated(self._where(what)):
+            return self._client.ask(request)
 
-    # --- the client --------------------------------------------------------------------------------------------------
+    def _where(self, what: str) -> str:
+        return f"{self._settings.where}: {what}" if what else self._settings.where
 
-    def _object(self, key: str) -> dict[str, str]:
+    def _place(self, key: str) -> dict[str, str]:
         return {"Bucket": self._settings.bucket, "Key": self._settings.prefix + key}
 
-    def _renew(self) -> None:
-        """Look for credentials anew: files and variables may have changed, roles have others by now."""
-        with self._lock:
-            if time.monotonic() - self._renewed >= _RENEWAL:
-                self._renewed = time.monotonic()
-                self._connect()
+    def _named(self, key: str) -> dict[str, str]:
+        return {**self._place(key), **self._payer}
 
-    def _connect(self) -> None:
-        settings, policy = self._settings, self._policy
-        optional: dict[str, Any] = {}
-        if settings.path_style is not None:
-            optional["s3"] = {"addressing_style": "path" if settings.path_style else "virtual"}
-        config = Config(
-            signature_version=UNSIGNED if settings.anonymous else "s3v4",
-            retries={"mode": "standard", "total_max_attempts": policy.attempts},
-            connect_timeout=policy.connect_timeout,
-            read_timeout=policy.read_timeout,
-            max_pool_connections=_CONNECTIONS,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            user_agent_extra=f"erofsgen/{__version__}",
-            **optional,
-        )
-        with translated(self._where):
-            self._session = botocore.session.Session(profile=settings.profile)
-            try:
-                self._client = boto3.Session(botocore_session=self._session).client(
-                    "s3", region_name=settings.region, endpoint_url=settings.endpoint, config=config
-                )
-            except ValueError as error:  # botocore's word for an endpoint that is no URL
-                raise UsageError(f"{self._where}: {printable(str(error))}", hint="endpoint=https://HOST") from error
+    def _below(self, prefix: str) -> dict[str, str]:
+        return {"Bucket": self._settings.bucket, "Prefix": self._settings.prefix + prefix, **self._payer}
 
 
 def _encryption(option: str | None) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -17,6 +18,7 @@ from botocore.exceptions import (
     ProfileNotFound,
     TokenRetrievalError,
 )
+from botocore.exceptions import ConnectionError as NotConnectedError
 
 from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError
 from erofsgen.oci.patience import printable
@@ -72,12 +74,13 @@ def translated(where: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        said: Mapping[str, Any] = error.response.get("Error", {})
-        raise refused(where, status_of(error), code_of(error), str(said.get("Message") or "")) from error
+        message: str | None = error.response.get("Error", {}).get("Message")
+        raise refused(where, status_of(error), code_of(error), message or "") from error
     except _NO_CREDENTIALS as error:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a profile, or say anonymous=true"
         raise RemoteError(f"{where}: {printable(str(error))}", hint=hint) from error
-    except HTTPClientError as error:
-        raise RemoteError(f"{where}: {printable(str(error))}", hint="check the network and the endpoint") from error
+    except (HTTPClientError, NotConnectedError) as error:
+        said = re.sub(r"\?[^\s\"]*", "", str(error))  # URLs' queries, which say little
+        raise RemoteError(f"{where}: {printable(said)}", hint="check the network and the endpoint") from error
     except BotoCoreError as error:
         raise RemoteError(f"{where}: {printable(str(error))}") from error

@@ -43,6 +43,8 @@ _SHARE: Final = 0.2
 """Weight of the newest measurement."""
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII)
 
+_S3_ERROR: Final = re.compile(r"<Error>.*?<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
+
 
 class Location(NamedTuple):
     """Where a blob can be read. ``headers`` go to this place only, not to where it sends us."""
@@ -346,10 +348,16 @@ def _bytes_before(answer: _Answer, offset: int, end: int, what: str) -> int:
     return 0
 
 
+def s3_error(body: str) -> tuple[str, str]:
+    """Code and message of an error as S3 services word it, empty where ``body`` is none."""
+    match = _S3_ERROR.search(body)
+    return (match[1], match[2] or "") if match else ("", "")
+
+
 def _failure(answer: _Answer, what: str, body: str) -> ErofsgenError | Transient:
     """What to raise for an answer that is no success."""
     status, where = answer.response.status, answer.where
-    said = printable(re.sub(r"<[^>]*>", " ", body), 120)
+    said = printable(": ".join(filter(None, s3_error(body))) or re.sub(r"<[^>]*>", " ", body), 120)
     detail = f": {said}" if said else ""
     if status in (404, 410):
         return NotFoundError(f"{where} has no {what}")
