@@ -13,6 +13,7 @@ Each kind's module says what its options are. What opens a kind is imported when
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from urllib.parse import parse_qsl
 
 from erofsgen.errors import UsageError
@@ -25,11 +26,19 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
-def open_store(url: str, *, create: bool = False, attempts: int | None = None) -> Store:
+def open_store(
+    url: str,
+    *,
+    create: bool = False,
+    attempts: int | None = None,
+    timeout: float | None = None,
+    proxy: str | None = None,
+) -> Store:
     """The store at ``url``; its directory or bucket is made where it is missing and ``create`` is set.
 
     ``attempts``: how often a request is made in all when failures may pass; by default as often as a user at a terminal
-    would wait for, 1 for who has other tiers. Raises NotFoundError, UsageError, UnsupportedError, StorageError,
+    would wait for, 1 for who has other tiers. ``timeout``: seconds of silence that break a connection. ``proxy``
+    (``http://HOST:PORT``): asked for everything. Raises NotFoundError, UsageError, UnsupportedError, StorageError,
     RemoteError.
     """
     scheme, separator, _ = url.partition("://")
@@ -38,13 +47,16 @@ def open_store(url: str, *, create: bool = False, attempts: int | None = None) -
 
         return DirectoryStore(url, create=create)
     policy = Policy() if attempts is None else Policy(attempts=attempts)
+    if timeout is not None:
+        policy = replace(policy, connect_timeout=min(timeout, policy.connect_timeout), read_timeout=timeout)
     place, _, query = url.partition("?")
     options = Options(url, query)
     match scheme:
         case "http" | "https":
             from erofsgen.store.http import HttpStore
 
-            store: Store = HttpStore(place, policy=policy, tls_verify=options.flag("tls-verify", default=True))
+            tls_verify = options.flag("tls-verify", default=True)
+            store: Store = HttpStore(place, policy=policy, tls_verify=tls_verify, proxy=proxy)
         case "s3":
             from erofsgen.store.s3 import open_s3
 
