@@ -13,10 +13,10 @@ Each kind's module says what its options are. What opens a kind is imported when
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from urllib.parse import parse_qsl
 
 from erofsgen.errors import UsageError
-from erofsgen.oci.patience import Policy
 from erofsgen.store.base import Store
 
 
@@ -25,19 +25,32 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
-def open_store(url: str, *, create: bool = False, attempts: int | None = None) -> Store:
+def open_store(
+    url: str,
+    *,
+    create: bool = False,
+    attempts: int | None = None,
+    timeout: float | None = None,
+    proxy: str | None = None,
+) -> Store:
     """The store at ``url``; its directory or bucket is made where it is missing and ``create`` is set.
 
     ``attempts``: how often a request is made in all when failures may pass; by default as often as a user at a terminal
-    would wait for, 1 for who has other tiers. Raises NotFoundError, UsageError, UnsupportedError, StorageError,
-    RemoteError.
+    would wait for, 1 for who has other tiers. ``timeout``: seconds of silence that break a connection. ``proxy``
+    (``http://HOST:PORT``): asked for ranges of blobs, and may keep them.
+
+    Raises NotFoundError, UsageError, UnsupportedError, StorageError, RemoteError.
     """
     scheme, separator, _ = url.partition("://")
     if not separator:
         from erofsgen.store.directory import DirectoryStore
 
         return DirectoryStore(url, create=create)
+    from erofsgen.oci.patience import Policy
+
     policy = Policy() if attempts is None else Policy(attempts=attempts)
+    if timeout is not None:
+        policy = replace(policy, connect_timeout=min(timeout, policy.connect_timeout), read_timeout=timeout)
     place, _, query = url.partition("?")
     options = Options(url, query)
     match scheme:
@@ -49,15 +62,17 @@ def open_store(url: str, *, create: bool = False, attempts: int | None = None) -
                 policy=policy,
                 tls_verify=options.flag("tls-verify", default=True),
                 authfile=options.text("authfile"),
+                proxy=proxy,
             )
         case "http" | "https":
             from erofsgen.store.http import HttpStore
 
-            store = HttpStore(place, policy=policy, tls_verify=options.flag("tls-verify", default=True))
+            tls_verify = options.flag("tls-verify", default=True)
+            store = HttpStore(place, policy=policy, tls_verify=tls_verify, proxy=proxy)
         case "s3":
             from erofsgen.store.s3 import open_s3
 
-            store = open_s3(place, options, policy=policy, create=create)
+            store = open_s3(place, options, policy=policy, create=create, proxy=proxy)
         case _:
             raise UsageError(f"{url}: there are no {scheme} stores", hint="s3, docker, http, https, or a directory")
     store.url = url

@@ -57,7 +57,13 @@ class RegistryStore(Store):
     """The store at ``place``, ``docker://HOST[:PORT]/REPOSITORY``. Raises UsageError; nothing is asked yet."""
 
     def __init__(
-        self, place: str, *, policy: Policy | None = None, tls_verify: bool = True, authfile: str | None = None
+        self,
+        place: str,
+        *,
+        policy: Policy | None = None,
+        tls_verify: bool = True,
+        authfile: str | None = None,
+        proxy: str | None = None,
     ) -> None:
         name = place.removeprefix("docker://")
         if set(name.rpartition("/")[2]) & set(":@"):
@@ -68,7 +74,8 @@ class RegistryStore(Store):
         self.url = place
         self.scratch = scratch(place)
         self._client = RegistryClient(reference, tls_verify=tls_verify, authfile=authfile, policy=policy)
-        self._transport = Transport(policy=policy, tls=tls_context(reference.host, verify=tls_verify))
+        tls = tls_context(reference.host, verify=tls_verify)
+        self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
 
     @property
     def speed(self) -> Speed | None:  # type: ignore[override]

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zstandard
 from blake3 import blake3
 
 from erofsgen.errors import IntegrityError
 from erofsgen.host.cache.presence import Presence
+from erofsgen.host.fill.sources import Source
 from erofsgen.pack.toc import Toc
 from erofsgen.pack.writer import PackWriter
 from erofsgen.store.directory import DirectoryStore
@@ -114,8 +115,11 @@ class Range(NamedTuple):
     at: float
 
 
-class MemorySource:
-    """Packs in memory. ``reads`` has every read; ``before`` may block or raise, ``change`` has the bytes pass it."""
+class MemorySource(Source):
+    """Packs in memory. ``reads`` has every read; ``before`` may block or raise, ``change`` has the bytes pass it.
+
+    ``terms``: attributes of :class:`Source`.
+    """
 
     def __init__(
         self,
@@ -124,8 +128,12 @@ class MemorySource:
         *,
         before: Callable[[range], object] | None = None,
         change: Callable[[bytes, range], object] | None = None,
+        **terms: Any,
     ) -> None:
         self.name = name
+        for term, value in terms.items():
+            assert hasattr(Source, term)
+            setattr(self, term, value)
         self.packs = {pack.digest: pack for pack in packs}
         self.reads: list[Range] = []
         self.before = before

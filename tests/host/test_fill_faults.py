@@ -16,7 +16,8 @@ from fillkit import BLOCK, WAIT, FileTarget, Gate, MemorySource, Pack, eventuall
 
 from erofsgen.errors import ErofsgenError, FormatError, IntegrityError, NotFoundError, RemoteError, StorageError
 from erofsgen.host.fill.engine import Engine, Priority
-from erofsgen.host.fill.sources import Tiers
+from erofsgen.host.fill.health import Sample
+from erofsgen.host.fill.tiers import Tiers
 from erofsgen.store.directory import DirectoryStore
 
 FRAMES = 12
@@ -252,26 +253,28 @@ def test_pauses_have_a_limit_and_differ() -> None:
     assert len(set(pauses[10:])) > 20
 
 
-def test_a_source_that_keeps_failing_is_asked_last_for_a_while() -> None:
+def test_a_source_that_keeps_failing_is_asked_last_for_a_while(pack: Pack) -> None:
     now = 100.0
     chain = tiers(3, 0, clock=lambda: now)
+    sample, other = Sample("pack", pack.toc, 0), Sample("other", pack.toc, 0)
     for _ in range(2):
-        chain.failed(0, RemoteError("down"), "pack")
+        chain.failed(0, RemoteError("down"), sample)
     assert chain.first("pack").order == (0, 1, 2)
-    chain.succeeded(0)
+    chain.succeeded(0, sample)
     for _ in range(2):
-        chain.failed(0, RemoteError("down"), "pack")
+        chain.failed(0, RemoteError("down"), sample)
     assert chain.first("pack").order == (0, 1, 2), "only failures in a row count"
-    chain.bad(0)
+    chain.bad(0, FormatError("bad"), sample)
     assert chain.first("pack").order == (1, 2, 0)
     for _ in range(9):
-        chain.failed(1, NotFoundError("no blob"), "other")
+        chain.failed(1, NotFoundError("no blob"), other)
     assert chain.first("pack").order == (1, 2, 0), "not to have a blob is no failure"
     assert chain.first("other").order == (2, 0, 1), "who lacked a pack is asked last for it"
     now += 5.1
+    assert chain.first("pack").order == (1, 2, 0), "no reader pays for finding out"
+    assert chain.probes(now) == [(0, sample)]
+    chain.probed(0, None)
     assert chain.first("pack").order == (0, 1, 2)
-    chain.failed(0, RemoteError("still down"), "pack")
-    assert chain.first("pack").order == (1, 2, 0)
 
 
 def test_a_dead_tier_does_not_cost_every_read_its_failure(pack: Pack, target: FileTarget) -> None:

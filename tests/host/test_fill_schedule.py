@@ -11,8 +11,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from erofsgen.errors import RemoteError
-from erofsgen.host.fill.schedule import Frame, Priority, Read, Request, Schedule, State
-from erofsgen.host.fill.sources import Tiers
+from erofsgen.host.fill.schedule import Schedule
+from erofsgen.host.fill.sources import Source
+from erofsgen.host.fill.tiers import Tiers
+from erofsgen.host.fill.work import Frame, Priority, Read, Request, State
 
 DEMAND, AROUND, PREFETCH, SCRUB = Priority
 
@@ -36,7 +38,7 @@ class Target:
     ready = missing = write_frame = None  # type: ignore[assignment]
 
 
-class Nothing:
+class Nothing(Source):
     name = "nothing"
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
@@ -45,7 +47,7 @@ class Nothing:
 
 def schedule(**more: int) -> Schedule:
     limits = {"threads": 4, "memory": 1200, "read_size": 100, "cores": 2} | more
-    return Schedule(Tiers([Nothing()] * 2, retries=1, backoff=0.1), **limits)
+    return Schedule(Tiers([Nothing(), Nothing()], retries=1, backoff=0.1), **limits)
 
 
 def want(schedule: Schedule, target: Any, *indices: int, priority: Priority = DEMAND) -> Request:
@@ -140,7 +142,7 @@ def test_frames_at_different_tiers_are_read_apart() -> None:
     first, second = take_read(plan), take_read(plan)
     assert (indices(first), first.source) == ([0, 1, 2], 0)
     failed = plan.failed(first)
-    following = Tiers([Nothing()] * 2, retries=1, backoff=0.1).after(first.attempt, RemoteError("no"))
+    following = Tiers([Nothing(), Nothing()], retries=1, backoff=0.1).after(first.attempt, RemoteError("no"))
     assert following is not None
     for frame in failed:
         plan.wait(frame, following[0])
@@ -243,7 +245,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tiers = Tiers([Nothing()] * 2, retries=9, backoff=0.1)
+        self.tiers = Tiers([Nothing(), Nothing()], retries=9, backoff=0.1)
         self.plan = Schedule(self.tiers, threads=self.THREADS, memory=self.MEMORY, read_size=60, cores=self.CORES)
         self.targets = [Target(*[5, 10, 20, 40, 7] * 3), Target(1, 190, 250)]
         self.reads: list[Read] = []  # on their way

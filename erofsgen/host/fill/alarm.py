@@ -31,13 +31,13 @@ class Alarm:
                     self._due = when
                     self._condition.notify()
 
-    def stop(self) -> None:
-        """End the thread, and wait for that unless this is it."""
+    def stop(self, timeout: float | None = None) -> None:
+        """End the thread, and wait for that, ``timeout`` seconds at most, unless this is it."""
         with self._condition:
             self._stopped = True
             self._condition.notify()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Final, TypedDict
+from typing import Final, Literal, TypedDict
 
-from erofsgen.host.fill.schedule import Priority, Schedule
-from erofsgen.host.fill.sources import Tiers
+from erofsgen.host.fill.schedule import Schedule
+from erofsgen.host.fill.tiers import Tiers
+from erofsgen.host.fill.work import Priority
 
 _RECENT: Final = 1024
 """Demands whose latencies are kept."""
 
 
 class SourceStats(TypedDict):
-    """Counters of one source, see :class:`erofsgen.host.fill.sources.Health`."""
+    """One source: counters are :class:`erofsgen.host.fill.health.Health`'s.
 
+    ``level`` is None for the stores of images. ``state``: ``ok``, ``resting`` (``rests`` seconds more, 0 while it is
+    being probed), or ``full`` (as many reads are on their way as may be). ``p50`` and ``p95`` are seconds of the latest
+    256 demands. ``error``: the latest, ``at`` seconds since 1970.
+    """
+
+    level: int | None
+    state: Literal["ok", "resting", "full"]
+    rests: float
     reads: int
     bytes: int
+    p50: float
+    p95: float
     failed: int
     absent: int
     bad_frames: int
+    hedges: int
+    hedges_won: int
+    error: SourceError | None
+
+
+class SourceError(TypedDict):
+    """What went wrong, and when."""
+
+    at: float
+    error: str
 
 
 class Stats(TypedDict):
     """Counters since the start; ``queued``, ``in_flight`` and ``threads`` are of now.
 
     ``frames`` and ``bytes_written`` are device frames and bytes that targets took; ``bytes_fetched`` are a pack's.
+    ``hedges``: slow demands asked for a second time; ``hedges_won``: those where the second came first.
     ``demands`` had to wait and were served; ``demand_p50`` and ``demand_p95`` are seconds from request to done of the
     latest 1024 of them.
     """
@@ -39,6 +61,8 @@ class Stats(TypedDict):
     single_flight_hits: int
     retries: int
     overtaken_reads: int
+    hedges: int
+    hedges_won: int
     failed_requests: int
     expired_requests: int
     queued: dict[str, int]
@@ -96,6 +120,8 @@ class Counters:
             single_flight_hits=self.single_flight_hits,
             retries=self.retries,
             overtaken_reads=self.overtaken_reads,
+            hedges=sum(health.hedges for health in tiers.health),
+            hedges_won=sum(health.hedges_won for health in tiers.health),
             failed_requests=self.failed_requests,
             expired_requests=self.expired_requests,
             queued={priority.name.lower(): schedule.lengths[priority] for priority in Priority},
@@ -105,14 +131,25 @@ class Counters:
             demands=self.demands,
             demand_p50=latencies[len(latencies) // 2],
             demand_p95=latencies[len(latencies) * 95 // 100],
-            sources={
-                source.name: SourceStats(
-                    reads=health.reads,
-                    bytes=health.bytes,
-                    failed=health.failed,
-                    absent=health.absent,
-                    bad_frames=health.bad,
-                )
-                for source, health in zip(tiers.sources, tiers.health, strict=True)
-            },
+            sources={source.name: _of_source(schedule, tiers, number) for number, source in enumerate(tiers.sources)},
         )
+
+
+def _of_source(schedule: Schedule, tiers: Tiers, number: int) -> SourceStats:
+    health = tiers.health[number]
+    state: Literal["ok", "resting", "full"] = "full" if schedule.is_full(number) else "ok"
+    return SourceStats(
+        level=tiers.sources[number].level,
+        state="resting" if health.is_open else state,
+        rests=tiers.rests(number),
+        reads=health.reads,
+        bytes=health.bytes,
+        p50=health.latencies.percentile(50),
+        p95=health.latencies.percentile(95),
+        failed=health.failed,
+        absent=health.absent,
+        bad_frames=health.bad,
+        hedges=health.hedges,
+        hedges_won=health.hedges_won,
+        error=None if health.error is None else SourceError(at=health.error_at, error=health.error),
+    )

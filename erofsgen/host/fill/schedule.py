@@ -18,139 +18,34 @@ does, because it frees memory. What is not DEMAND is *background*, and holds bac
 - none of it is opened, so none is written either, while bytes for demand are being opened or wait for that; but for
   READ_AROUND, which the same reader waits for next, on cores that demand leaves.
 
+A source takes as many reads at a time as its ``concurrency`` says, and none while it asked for a pause. A demand whose
+first source takes none goes to the next of its order that is well and takes one, if there is such a source, and else
+waits in its queue; the background waits. Frames that wait for other sources overtake it.
+
+A read may be *hedged*: a second one for the same frames, from another source or over another connection, runs beside
+it, and the first that comes brings them. Frames of a failed read wait for what is still on its way for them.
+
 A frame has one place here whoever asks for it (single-flight); a demand for one in the background takes it along, in
 whatever state it is. Queues are not searched for that: the frame is also put into the better queue, and its stale
 place in the other is passed over.
 
-No threads, no clocks, no locks: the engine calls everything under its lock.
+No threads, no locks: the engine calls everything under its lock.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
-from enum import Enum, IntEnum, auto
-from typing import Final, Protocol
+from dataclasses import replace
+from typing import Final
 
-from erofsgen.host.fill.sources import Attempt, Tiers
-from erofsgen.pack.toc import Toc
-
-
-class Priority(IntEnum):
-    """How urgent a range is; less is more urgent."""
-
-    DEMAND = 0
-    """Somebody waits for it."""
-
-    READ_AROUND = 1
-    """Beside what somebody waits for."""
-
-    PREFETCH = 2
-    """Likely to be wanted."""
-
-    SCRUB = 3
-    """Repair of what nobody asked for."""
-
-
-_PRIORITIES: Final = tuple(Priority)
-
-
-class Target(Protocol):
-    """The sink: one pack's bytes on this host. Hashable; methods are called by several threads at once."""
-
-    @property
-    def name(self) -> str:
-        """SHA-256 of the pack in hex."""
-
-    @property
-    def toc(self) -> Toc:
-        """The pack's table of contents."""
-
-    def ready(self, first: int, last: int, /) -> bool:
-        """Whether all frames from ``first`` to ``last``, both included, are there. Asked on the hot path."""
-
-    def missing(self, frames: range, /) -> list[int]:
-        """Those of ``frames`` that are not there, in order. Asked under the engine's lock: must not wait."""
-
-    def write_frame(self, frame: int, data: bytes, /) -> None:
-        """Take a frame's verified device bytes. It is there when this returns. ``data`` may be a memoryview."""
-
-
-class Request:
-    """Somebody who waits for frames, until ``pending`` of them have come or it is ``done`` for another reason."""
-
-    __slots__ = ("deadline", "done", "future", "pending", "priority", "started", "what")
-
-    def __init__(self, what: str, priority: Priority, started: float, deadline: float) -> None:
-        self.future: Future[None] = Future()
-        self.future.set_running_or_notify_cancel()  # not to be cancelled from outside
-        self.what = what
-        self.priority = priority
-        self.started = started
-        self.deadline = deadline  # infinite where there is none
-        self.pending = 1  # whoever makes it counts as one until all its frames are known
-        self.done = False
-
-
-class State(Enum):
-    """Where a frame is, see above."""
-
-    QUEUED = auto()
-    READING = auto()
-    WAITING = auto()
-    FETCHED = auto()
-    OPENING = auto()
-    DONE = auto()
-
-
-class Frame:
-    """A frame that is not there yet."""
-
-    __slots__ = ("attempt", "background", "index", "priority", "read", "state", "stored", "target", "waiters")
-
-    def __init__(self, target: Target, index: int, priority: Priority) -> None:
-        self.target = target
-        self.index = index
-        self.priority = priority
-        self.state = State.QUEUED
-        self.waiters: list[Request] = []
-        self.attempt: Attempt | None = None  # how far along the chain of tiers; None: nobody was asked
-        self.read: Read | None = None  # the read its bytes are expected from, or came with
-        self.stored: memoryview | None = None  # its bytes in the pack, within the read's
-        self.background = False  # holds a slot for background opening
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody still waits for it."""
-        return any(not waiter.done for waiter in self.waiters)
-
-
-class Read:
-    """One ranged read: frames ``[first, first + len(frames))`` of a pack from the first source of ``attempt``."""
-
-    __slots__ = ("attempt", "background", "expires", "frames", "held", "late", "left", "length", "offset", "target")
-
-    def __init__(self, frames: list[Frame], attempt: Attempt, length: int, held: int) -> None:
-        first = frames[0]
-        self.target = first.target
-        self.frames = frames
-        self.attempt = attempt
-        self.offset = int(first.target.toc.offsets[first.index])
-        self.length = length
-        self.held = held  # bytes of memory accounted to it
-        self.left = len(frames)  # frames that still use its memory
-        self.background = first.priority is not Priority.DEMAND
-        self.expires = float("inf")
-        self.late = False  # took too long; its frames went on without it
-
-    @property
-    def source(self) -> int:
-        """Number of the source it asks."""
-        return self.attempt.order[0]
-
+from erofsgen.host.fill.latency import read_size
+from erofsgen.host.fill.tiers import Attempt, Tiers
+from erofsgen.host.fill.work import Frame, Priority, Read, State, Target
 
 Work = Read | Frame
+
+_PRIORITIES: Final = tuple(Priority)
 
 
 class Schedule:
@@ -169,8 +64,12 @@ class Schedule:
         self._background_threads = max(1, threads - max(1, threads // 4))
         self._cores = cores
         self._frames: dict[Target, dict[int, Frame]] = {}
-        self._queued: Final = tuple(deque[Frame]() for _ in Priority)
+        # By the order of sources: who waits for a busy one is not in the way of the others
+        self._queued: Final = tuple(dict[tuple[int, ...], deque[Frame]]() for _ in Priority)
+        self._serial = 0
         self._fetched: Final = tuple(deque[Frame]() for _ in Priority)
+        self._again = deque[Read]()  # hedges that nobody carries out yet
+        self._reads: set[Read] = set()  # on their way
         self._urgent = 0  # frames of DEMAND that are FETCHED or OPENING
         self._background_opening = 0
         self._background_busy = 0  # threads
@@ -195,7 +94,7 @@ class Schedule:
         """Queue a frame that is not on its way."""
         frame = Frame(target, index, priority)
         self._frames.setdefault(target, {})[index] = frame
-        self._queued[priority].append(frame)
+        self._queue(frame)
         self.lengths[priority] += 1
         return frame
 
@@ -208,7 +107,7 @@ class Schedule:
             self.lengths[priority] += 1
         frame.priority = priority
         if frame.state is State.QUEUED:
-            self._queued[priority].append(frame)
+            self._queue(frame)
         elif frame.state in (State.FETCHED, State.OPENING):
             self._urgent += priority is Priority.DEMAND
             if frame.state is State.FETCHED:
@@ -216,10 +115,12 @@ class Schedule:
 
     def runnable(self) -> bool:
         """Whether :meth:`take` would return work."""
-        return self._next() is not None
+        return self._next_hedge() is not None or self._next() is not None
 
     def take(self) -> Work | None:
         """The next work, which is the caller's to do. None: none, or none that memory and threads allow."""
+        if self._next_hedge() is not None:
+            return self._again.popleft()
         queue = self._next()
         if queue is None:
             return None
@@ -236,6 +137,7 @@ class Schedule:
     def deliver(self, read: Read, data: memoryview) -> int:
         """The bytes of a read are here: its frames can be opened. Returns how many there are to open."""
         self._background_busy -= read.background
+        self._reads.discard(read)
         sizes = read.target.toc.sizes
         start = opened = 0
         for frame in read.frames:
@@ -257,6 +159,7 @@ class Schedule:
     def failed(self, read: Read) -> list[Frame]:
         """A read has come back without its bytes. Returns the frames that have to go on without them."""
         self._background_busy -= read.background
+        self._reads.discard(read)
         self.held -= read.held
         read.held = 0
         return self._expecting(read)
@@ -267,6 +170,43 @@ class Schedule:
         read.background = False
         read.late = True
         return self._expecting(read)
+
+    def hedge(self, read: Read) -> bool:
+        """Ask for what a read is to bring a second time: of the next source that is well, or else of the same one.
+
+        False: nobody waits for it, or sources or memory do not allow that.
+        """
+        held = read.length + sum(_sizes(frame)[1] for frame in read.frames)
+        if self.held + held > self._memory or not any(frame.wanted for frame in self._expecting(read)):
+            return False
+        first, *rest = read.attempt.order
+        others = [number for number in rest if self._tiers.is_well(number, read.target.name)]
+        chosen = next((number for number in [*others, first] if self._is_free(number)), None)
+        if chosen is None:
+            return False
+        order = (chosen, *(number for number in rest if number != chosen))
+        second = Read(read.frames, replace(read.attempt, order=order), read.length, held, first=read)
+        self._hold(second)
+        self._again.append(second)
+        return True
+
+    def elsewhere(self, frame: Frame) -> Read | None:
+        """A read on its way that may bring a frame; one that is not late, if there is such a read."""
+        return min((read for read in self._reads if frame in read.frames), key=lambda read: read.late, default=None)
+
+    def expect(self, frame: Frame, read: Read) -> None:
+        """A frame that was READING or OPENING waits for what another read brings."""
+        frame.read = read
+        frame.state = State.READING
+
+    def reading(self, source: int) -> int:
+        """Reads of a source that are on their way."""
+        return sum(read.source == source for read in self._reads)
+
+    def is_full(self, source: int) -> bool:
+        """Whether a source has as many reads to do as it may."""
+        limit = self._tiers.sources[source].concurrency
+        return limit is not None and self.reading(source) >= limit
 
     def opened(self, frame: Frame) -> None:
         """A frame was opened, to whatever end: its slot, memory and bytes are free."""
@@ -292,7 +232,7 @@ class Schedule:
         for frame in frames:
             if frame.state is State.WAITING:
                 frame.state = State.QUEUED
-                self._queued[frame.priority].append(frame)
+                self._queue(frame)
 
     def remove(self, frame: Frame) -> None:
         """A frame is done with: there, given up, or wanted by nobody. Not for one being opened."""
@@ -326,13 +266,53 @@ class Schedule:
                 fetched.popleft()
             if fetched and not (background and self._holds_back(priority)):
                 return fetched
-            queued = self._queued[priority]
-            while queued and not self._is_current(queued[0], priority):
-                queued.popleft()
+            queued = self._first_queue(priority)
             if queued and memory_left:
                 if self._fits(queued[0]):
                     return queued
                 memory_left = False  # what comes free is for this frame, not for smaller ones behind it
+        return None
+
+    def _queue(self, frame: Frame) -> None:
+        order = self._tiers.chain(frame.target.name) if frame.attempt is None else frame.attempt.order
+        self._serial += 1
+        frame.serial = self._serial
+        self._queued[frame.priority].setdefault(order, deque()).append(frame)
+
+    def _first_queue(self, priority: Priority) -> deque[Frame] | None:
+        """Of the queues whose first frame may be read now the one whose frame has waited longest."""
+        found: deque[Frame] | None = None
+        queues = self._queued[priority]
+        for order, queue in list(queues.items()):
+            while queue and not self._is_current(queue[0], priority):
+                queue.popleft()
+            if not queue:
+                del queues[order]
+            elif (found is None or queue[0].serial < found[0].serial) and self._attempt(queue[0]) is not None:
+                found = queue
+        return found
+
+    def _attempt(self, frame: Frame) -> Attempt | None:
+        """Whom to ask for a queued frame now. None: nobody."""
+        attempt = frame.attempt or self._tiers.first(frame.target.name)
+        first, *rest = attempt.order
+        if self._is_free(first):
+            return attempt
+        if frame.priority is Priority.DEMAND:
+            for number in rest:
+                if self._tiers.is_well(number, attempt.pack) and self._is_free(number):
+                    return replace(attempt, order=(number, *(other for other in attempt.order if other != number)))
+        return None
+
+    def _is_free(self, source: int) -> bool:
+        return self._tiers.may_ask(source) and not self.is_full(source)
+
+    def _next_hedge(self) -> Read | None:
+        """The next hedge that is still of use."""
+        while self._again:
+            if any(frame.state is State.READING for frame in self._again[0].frames):
+                return self._again[0]
+            self.failed(self._again.popleft())
         return None
 
     def _holds_back(self, priority: Priority) -> bool:
@@ -359,27 +339,37 @@ class Schedule:
 
     def _read(self, frame: Frame) -> Read:
         """A read of a queued frame and of its neighbours like it."""
-        limit = self._memory if frame.priority is Priority.DEMAND else self._background_memory
+        attempt = self._attempt(frame)
+        assert attempt is not None
+        demand = frame.priority is Priority.DEMAND
+        limit = self._memory if demand else self._background_memory
         batch = min(self._batch, limit - self.held)
+        most = self._read_size
+        if not demand:
+            most = read_size(self._tiers.sources[attempt.order[0]].speed, most)
         length, device = _sizes(frame)
         held = length + device
         taken = deque([frame])
         for step in (1, -1):
             while (neighbour := self._like(frame, taken[-1 if step > 0 else 0].index + step)) is not None:
                 stored, device = _sizes(neighbour)
-                if length + stored > self._read_size or held + stored + device > batch:
+                if length + stored > most or held + stored + device > batch:
                     break
                 length += stored
                 held += stored + device
                 (taken.append if step > 0 else taken.appendleft)(neighbour)
-        read = Read(list(taken), frame.attempt or self._tiers.first(frame.target.name), length, held)
+        read = Read(list(taken), attempt, length, held)
         for each in taken:
             each.state = State.READING
             each.read = read
         self.lengths[frame.priority] -= len(taken)
-        self.held += held
-        self.peak = max(self.peak, self.held)
+        self._hold(read)
         return read
+
+    def _hold(self, read: Read) -> None:
+        self._reads.add(read)
+        self.held += read.held
+        self.peak = max(self.peak, self.held)
 
     def _like(self, frame: Frame, index: int) -> Frame | None:
         """The frame at ``index``, if it can be read together with ``frame``."""
