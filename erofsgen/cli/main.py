@@ -17,6 +17,7 @@ from erofsgen.errors import Explanation, explain
 
 VERBS: Final = (
     "build",
+    "build-many",
     "images",
     "inspect",
     "ls",
@@ -41,7 +42,7 @@ VERBS: Final = (
     "doctor",
     "completion",
 )
-"""In the order ``--help`` lists them; ``erofsgen.cli.<verb>`` defines the command as ``command``."""
+"""In the order ``--help`` lists them; ``erofsgen.cli.<verb>``, without the dash, defines the command as ``command``."""
 
 EXIT_CODES: Final = (
     (0, "success"),
@@ -69,7 +70,7 @@ class Program(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"erofsgen.cli.{cmd_name}").command
+        command = importlib.import_module(f"erofsgen.cli.{cmd_name.replace('-', '')}").command
         assert isinstance(command, click.Command)
         return command
 
