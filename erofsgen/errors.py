@@ -17,6 +17,12 @@ A message says what is wrong and where; ``hint`` says what to do. Neither ends i
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import Final, NamedTuple
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
 
 class ErofsgenError(Exception):
     """Base of every error raised on purpose. ``str(error)`` is the user's line, without the hint."""
@@ -78,3 +84,32 @@ class BusyError(ErofsgenError):
     """Something needed is in use: a lock, a mount point."""
 
     exit_code = 9
+
+
+class Explanation(NamedTuple):
+    """What an exception means to the user: one line, what to do, the exit code."""
+
+    message: str
+    hint: str | None
+    exit_code: int
+
+
+def explain(error: BaseException) -> Explanation:
+    """Says what went wrong, whether somebody raised it on purpose or not."""
+    if isinstance(error, ErofsgenError):
+        return Explanation(str(error), error.hint, error.exit_code)
+    if isinstance(error, OSError):
+        where = error.filename
+        if isinstance(where, bytes):
+            where = os.fsdecode(where)
+        text = error.strerror or str(error) or type(error).__name__
+        code = RemoteError.exit_code if isinstance(error, (ConnectionError, TimeoutError)) else StorageError.exit_code
+        hint = "free some space and run the command again" if error.errno in _FULL else None
+        return Explanation(f"{where}: {text}" if where else text, hint, code)
+    if isinstance(error, MemoryError):
+        return Explanation("out of memory", "close other programs, or use fewer --threads", ErofsgenError.exit_code)
+    return Explanation(
+        f"internal error: {type(error).__name__}: {error}",
+        "run the command again with --debug and report what it prints",
+        ErofsgenError.exit_code,
+    )

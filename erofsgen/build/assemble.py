@@ -34,6 +34,7 @@ from erofsgen.store.manifest import (
     INDEX_SIZE,
     INDEX_TYPE,
     MANIFEST_TYPE,
+    OPTIONS,
     Manifest,
     pack_from_descriptor,
 )
@@ -186,7 +187,7 @@ def write_manifest(
         config=Descriptor("application/vnd.oci.image.config.v1+json", digest, size),
         layers=[assembled.index, *assembled.packs],
         subject=subject,
-        annotations={CHUNK_SIZE: str(options.chunk_size)},
+        annotations={CHUNK_SIZE: str(options.chunk_size), OPTIONS: options.fingerprint},
     )
     digest, size = store.put(msgspec.json.encode(manifest))
     return Descriptor(MANIFEST_TYPE, digest, size, artifact_type=ARTIFACT_TYPE)

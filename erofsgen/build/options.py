@@ -6,6 +6,7 @@ import os
 from typing import Final
 
 import msgspec
+from blake3 import blake3
 
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.errors import UsageError
@@ -56,3 +57,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def layer_parameters(self) -> tuple[int | bool, ...]:
         """Every option that a converted layer depends on."""
         return (self.chunk_size, self.compression_level, self.pack_size, self.dedup, INLINE_MAX)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of BLAKE3 over every option that an image depends on, which its manifest records."""
+        parameters = (*self.layer_parameters(), self.share_pages, self.max_devices)
+        return blake3(msgspec.msgpack.encode(parameters)).hexdigest(8)

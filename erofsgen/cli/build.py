@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from erofsgen.cli.shared import Settings, Size, verb
+from erofsgen.cli.shared import Settings, build_options, chosen_options, verb
 
 
 @verb(json=True)
@@ -15,16 +13,7 @@ from erofsgen.cli.shared import Settings, Size, verb
 @click.option(
     "--platform", metavar="OS/ARCH[/VARIANT]", help="Which image of a multi-platform one; default: this host."
 )
-@click.option("--chunk-size", type=Size(), metavar="SIZE", help="Unit of deduplication, 4K to 16M; default: 1M.")
-@click.option("--compression-level", type=int, metavar="N", help="zstd level, 1 to 22 or negative; default: 3.")
-@click.option("--threads", type=int, metavar="N", help="Compression threads; default: one per core.")
-@click.option("--max-devices", type=int, metavar="N", help="Packs the image may have, 1 to 65535; default: 256.")
-@click.option("--dedup/--no-dedup", default=None, help="Use chunks of packs that are in the store; default: yes.")
-@click.option("--share-pages", is_flag=True, default=None, help="Let Linux 7.0 and later share page cache by content.")
-@click.option("--tls-verify/--no-tls-verify", default=True, help="Check the registry's certificate; default: yes.")
-@click.option(
-    "--authfile", type=click.Path(), metavar="FILE", help="Registry credentials, as podman and skopeo take them."
-)
+@build_options
 def command(
     settings: Settings,
     image: str,
@@ -38,13 +27,11 @@ def command(
 
     IMAGE is docker://NAME, oci:DIR[:TAG], oci-archive:FILE, docker-archive:FILE, dir:DIR or tar:FILE.
     """
-    from erofsgen.build.options import BuildOptions
     from erofsgen.build.pipeline import build_image
     from erofsgen.cli import output
     from erofsgen.oci.images import open_image
 
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    chosen = BuildOptions(**given)
+    chosen = chosen_options(options)
     store = settings.open_store(create=True)
     with (
         settings.progress() as progress,

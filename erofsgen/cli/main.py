@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -14,10 +13,11 @@ import click
 
 from erofsgen import __version__
 from erofsgen.cli.shared import Settings, shared_options
-from erofsgen.errors import ErofsgenError, RemoteError, StorageError
+from erofsgen.errors import Explanation, explain
 
 VERBS: Final = (
     "build",
+    "build-many",
     "images",
     "inspect",
     "ls",
@@ -42,7 +42,7 @@ VERBS: Final = (
     "doctor",
     "completion",
 )
-"""In the order ``--help`` lists them; ``erofsgen.cli.<verb>`` defines the command as ``command``."""
+"""In the order ``--help`` lists them; ``erofsgen.cli.<verb>``, without the dash, defines the command as ``command``."""
 
 EXIT_CODES: Final = (
     (0, "success"),
@@ -58,7 +58,6 @@ EXIT_CODES: Final = (
     (130, "interrupted (128 + the signal's number for others)"),
 )
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _EPILOG: Final = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES)
 
 
@@ -71,7 +70,7 @@ class Program(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        command = importlib.import_module(f"erofsgen.cli.{cmd_name}").command
+        command = importlib.import_module(f"erofsgen.cli.{cmd_name.replace('-', '')}").command
         assert isinstance(command, click.Command)
         return command
 
@@ -151,29 +150,13 @@ def _report(error: BaseException) -> int:
     return code
 
 
-def _explain(error: BaseException) -> tuple[str, str | None, int]:
-    if isinstance(error, ErofsgenError):
-        return str(error), error.hint, error.exit_code
+def _explain(error: BaseException) -> Explanation:
     if isinstance(error, click.ClickException):
         context: Any = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "erofsgen"
         message = error.format_message().rstrip(".")
-        return message[:1].lower() + message[1:], f"see `{where} --help`", error.exit_code
-    if isinstance(error, OSError):
-        where = error.filename
-        if isinstance(where, bytes):
-            where = os.fsdecode(where)
-        text = error.strerror or str(error) or type(error).__name__
-        code = RemoteError.exit_code if isinstance(error, (ConnectionError, TimeoutError)) else StorageError.exit_code
-        hint = "free some space and run the command again" if error.errno in _FULL else None
-        return (f"{where}: {text}" if where else text), hint, code
-    if isinstance(error, MemoryError):
-        return "out of memory", "close other programs, or use fewer --threads", ErofsgenError.exit_code
-    return (
-        f"internal error: {type(error).__name__}: {error}",
-        "run the command again with --debug and report what it prints",
-        ErofsgenError.exit_code,
-    )
+        return Explanation(message[:1].lower() + message[1:], f"see `{where} --help`", error.exit_code)
+    return explain(error)
 
 
 def _say(text: str) -> None:

@@ -22,6 +22,7 @@ from erofsgen.host.daemon.planes import LAZY
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from erofsgen.build.options import BuildOptions
     from erofsgen.host.cache.cache import HostCache
     from erofsgen.host.mount.state import Plane
     from erofsgen.progress import Progress
@@ -235,6 +236,42 @@ def _configure(ctx: click.Context, parameter: click.Parameter, value: Any) -> No
         settings.max_bytes = value
     else:
         settings.cache_dirs = list(value)
+
+
+def build_options(function: F) -> F:
+    """The options that say how images are read and built; :func:`chosen_options` makes the latter one thing."""
+    for option in (
+        click.option(
+            "--authfile", type=click.Path(), metavar="FILE",
+            help="Registry credentials, as podman and skopeo take them.",
+        ),
+        click.option(
+            "--tls-verify/--no-tls-verify", default=True, help="Check the registry's certificate; default: yes."
+        ),
+        click.option(
+            "--share-pages", is_flag=True, default=None, help="Let Linux 7.0 and later share page cache by content."
+        ),
+        click.option(
+            "--dedup/--no-dedup", default=None, help="Use chunks of packs that are in the store; default: yes."
+        ),
+        click.option("--max-devices", type=int, metavar="N", help="Packs an image may have, 1 to 65535; default: 256."),
+        click.option(
+            "--threads", type=int, metavar="N", help="Compression threads per image; default: its share of the cores."
+        ),
+        click.option("--compression-level", type=int, metavar="N", help="zstd level, 1 to 22 or negative; default: 3."),
+        click.option(
+            "--chunk-size", type=Size(), metavar="SIZE", help="Unit of deduplication, 4K to 16M; default: 1M."
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def chosen_options(given: dict[str, Any]) -> BuildOptions:
+    """What :func:`build_options` gave, defaults where the user said nothing. Raises UsageError."""
+    from erofsgen.build.options import BuildOptions
+
+    return BuildOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 class Size(click.ParamType[int]):

@@ -26,7 +26,7 @@ from erofsgen.oci.source import SourceImage
 from erofsgen.oci.tarball import RootfsImage, TarImage
 from erofsgen.progress import SILENT, Progress
 
-__all__ = ["RootfsImage", "open_image"]
+__all__ = ["RootfsImage", "open_image", "own_name"]
 
 TRANSPORTS: Final = ("docker", "oci", "oci-archive", "docker-archive", "tar", "dir")
 _FOREIGN: Final = frozenset({"atomic", "containers-storage", "docker-daemon", "ostree", "sif", "tarball"})
@@ -53,22 +53,24 @@ def open_image(
     RemoteError, StorageError, UnsupportedError.
     """
     shown = progress or SILENT
-    transport, colon, rest = name.partition(":")
-    if colon and transport in _FOREIGN:
-        raise UnsupportedError(f"cannot read {transport}: images", hint=f"`skopeo copy {name} oci:DIR` makes a layout")
-    if not colon or transport not in TRANSPORTS or (transport == "docker" and not rest.startswith("//")):
-        return _open_registry(name, platform, tls_verify, authfile, downloads, shown)
+    transport, rest = _transport(name)
     if transport == "docker":
-        return _open_registry(rest[2:], platform, tls_verify, authfile, downloads, shown)
-    if not rest:
-        raise UsageError(f"{name} names no file", hint=f"write {transport}:PATH")
+        from erofsgen.oci.registry import RegistryImage  # not at the top: httpx takes its time, most images are local
+
+        return RegistryImage(
+            _reference(rest),
+            platform=platform,
+            tls_verify=tls_verify,
+            authfile=authfile,
+            downloads=downloads,
+            progress=shown,
+        )
+    called = own_name(name)
     if transport == "tar":
-        path = Path(rest)
-        return TarImage(path, name=_base_name(path), platform=platform, downloads=downloads, progress=shown)
+        return TarImage(Path(rest), name=called, platform=platform, downloads=downloads, progress=shown)
     if transport == "dir":
-        return RootfsImage(Path(rest), name=_base_name(Path(rest)), platform=platform)
+        return RootfsImage(Path(rest), name=called, platform=platform)
     path, tag = _split(rest)
-    called = ref_name(tag) if tag and transport != "docker-archive" else _base_name(path)
     if transport == "oci":
         from erofsgen.oci.layout import open_layout
 
@@ -80,26 +82,43 @@ def open_image(
     return open_docker_archive(path, tag, name=called, platform=platform, downloads=downloads, progress=shown)
 
 
-def _open_registry(
-    text: str, platform: str | None, tls_verify: bool, authfile: str | None, downloads: Path | None, progress: Progress
-) -> SourceImage:
+def own_name(name: str) -> str:
+    """What the image that ``name`` names is called where nobody says otherwise: ``open_image(name).name``.
+
+    It need not exist. Raises UsageError (malformed), UnsupportedError.
+    """
+    transport, rest = _transport(name)
+    if transport == "docker":
+        return ref_name(str(_reference(rest)))
+    if transport in ("tar", "dir"):
+        return _base_name(Path(rest))
+    path, tag = _split(rest)
+    return ref_name(tag) if tag and transport != "docker-archive" else _base_name(path)
+
+
+def _transport(name: str) -> tuple[str, str]:
+    """The transport, and what stands behind it. Raises UsageError, UnsupportedError."""
+    transport, colon, rest = name.partition(":")
+    if colon and transport in _FOREIGN:
+        raise UnsupportedError(f"cannot read {transport}: images", hint=f"`skopeo copy {name} oci:DIR` makes a layout")
+    if not colon or transport not in TRANSPORTS or (transport == "docker" and not rest.startswith("//")):
+        return "docker", name
+    if transport == "docker":
+        return transport, rest[2:]
+    if not rest:
+        raise UsageError(f"{name} names no file", hint=f"write {transport}:PATH")
+    return transport, rest
+
+
+def _reference(text: str) -> Reference:
+    """An image in a registry. Raises UsageError."""
     try:
-        reference = Reference.parse(text)
+        return Reference.parse(text)
     except UsageError as error:
         if os.path.exists(text):
             kind = "oci, dir" if os.path.isdir(text) else "oci-archive, docker-archive, tar"
             error.hint = f"for the path, say what it is: {', '.join(f'{one}:{text}' for one in kind.split(', '))}"
         raise
-    from erofsgen.oci.registry import RegistryImage  # not at the top: httpx takes its time, and most images are local
-
-    return RegistryImage(
-        reference,
-        platform=platform,
-        tls_verify=tls_verify,
-        authfile=authfile,
-        downloads=downloads,
-        progress=progress,
-    )
 
 
 def _split(text: str) -> tuple[Path, str | None]:

@@ -32,6 +32,8 @@ HOLES_AT_END: Final = "end"
 """Behind all of a file's data only."""
 CHUNK_SIZE: Final = "org.erofsgen.chunk.size"
 """On the manifest: the chunk size it was built with."""
+OPTIONS: Final = "org.erofsgen.options"
+"""On the manifest: the fingerprint of the options it was built with, so that the same need not be built again."""
 
 _SHA256: Final = re.compile("sha256:[0-9a-f]{64}")
 
