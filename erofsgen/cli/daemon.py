@@ -28,11 +28,11 @@ def daemon_options(function: F) -> F:
             help="Brought ahead of large reads.",
         ),
         click.option(
-            "--memory", type=Size(), metavar="SIZE", default="40M", show_default=True,
+            "--memory", type=Size(), metavar="SIZE", default="64M", show_default=True,
             help="Bytes in flight at a time.",
         ),
         click.option(
-            "--threads", type=click.IntRange(min=1), metavar="N", default=8, show_default=True,
+            "--threads", type=click.IntRange(min=1), metavar="N", default=48, show_default=True,
             help="Threads that fetch.",
         ),
         click.option(

@@ -26,6 +26,7 @@ class Sizes:
         self.sizes = np.array(sizes)
         self.offsets = np.cumsum([0, *sizes])[:-1]
         self.device_sizes = self.sizes * 2
+        self.raw = False
 
 
 class Target:

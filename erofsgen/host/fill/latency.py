@@ -74,13 +74,14 @@ class Budget:
 
 
 def read_size(speed: Speed | None, limit: int) -> int:
-    """Bytes to read at a time when nobody waits: so many that about a quarter of the time is latency.
+    """Bytes to read at a time when nobody waits: so many that they take half as long as the latency before them.
 
-    Between 1 MiB and ``limit``, and that where the speed is not known.
+    Small reads on many connections bring as much as large ones on a few and hold less memory meanwhile, but each costs
+    something. Between 1 MiB and ``limit``, and that where the speed is not known.
     """
     if speed is None:
         return limit
-    return min(limit, max(_PIECE, int(3 * speed.latency * speed.bandwidth)))
+    return min(limit, max(_PIECE, int(speed.latency * speed.bandwidth / 2)))
 
 
 def _expected(length: int, speed: Speed | None) -> float:

@@ -334,19 +334,23 @@ class Schedule:
             return True
         if frame.priority is Priority.DEMAND:
             return self.held + sum(_sizes(frame)) <= self._memory
-        # Room for a large read, or reads would become as small as what comes free
-        return self.held + max(self._batch, sum(_sizes(frame))) <= self._background_memory
+        # Room for a whole read, or reads would become as small as what comes free
+        return self.held + max(min(self._batch, self._most(frame)), sum(_sizes(frame))) <= self._background_memory
+
+    def _most(self, frame: Frame) -> int:
+        """Stored bytes to read at a time with a frame."""
+        attempt = self._attempt(frame)
+        if attempt is None or frame.priority is Priority.DEMAND:
+            return self._read_size
+        return read_size(self._tiers.sources[attempt.order[0]].speed, self._read_size)
 
     def _read(self, frame: Frame) -> Read:
         """A read of a queued frame and of its neighbours like it."""
         attempt = self._attempt(frame)
         assert attempt is not None
-        demand = frame.priority is Priority.DEMAND
-        limit = self._memory if demand else self._background_memory
+        limit = self._memory if frame.priority is Priority.DEMAND else self._background_memory
         batch = min(self._batch, limit - self.held)
-        most = self._read_size
-        if not demand:
-            most = read_size(self._tiers.sources[attempt.order[0]].speed, most)
+        most = self._most(frame)
         length, device = _sizes(frame)
         held = length + device
         taken = deque([frame])
@@ -384,12 +388,12 @@ class Schedule:
     def _release(self, read: Read, frame: Frame) -> None:
         """A frame of a read needs its memory no more; the stored bytes go when all its frames are through."""
         read.left -= 1
-        freed = read.held if not read.left else int(frame.target.toc.device_sizes[frame.index])
+        freed = read.held if not read.left else _sizes(frame)[1]
         read.held -= freed
         self.held -= freed
 
 
 def _sizes(frame: Frame) -> tuple[int, int]:
-    """Stored and device bytes."""
+    """Stored bytes, and device bytes where those are others."""
     toc = frame.target.toc
-    return int(toc.sizes[frame.index]), int(toc.device_sizes[frame.index])
+    return int(toc.sizes[frame.index]), 0 if toc.raw else int(toc.device_sizes[frame.index])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from typing import Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError
 from erofsgen.store.base import Speed, Store
 from erofsgen.store.open import open_store
 
-_LOCAL_RETRIES = 2
+_LOCAL_READS: Final = 8
+"""Of a local directory at a time: what waits behind them would come no sooner."""
+_LOCAL_RETRIES: Final = 2
 """A directory that fails is asked so often again, and not as long as a server that may come back."""
 
 
@@ -90,7 +93,7 @@ class UrlSource(Source):
         self.level = level
         self.weight = weight
         self.timeout = timeout
-        self.concurrency = concurrency
+        self.concurrency = concurrency or (_LOCAL_READS if local else None)
         self.retries = _LOCAL_RETRIES if local else None
         self.hedged = hedge and not local
         self.feed = create
