@@ -16,10 +16,12 @@ def existing(source: SourceImage, store: Store, name: str, options: BuildOptions
 
     Raises StorageError, RemoteError.
     """
-    found = store.references().get(name)
-    if found is None or source.subject is None:
+    if source.subject is None:
         return None
     try:
+        found = store.reference(name)
+        if found is None:
+            return None
         manifest = Image(store, name, found).manifest
     except (FormatError, NotFoundError):
         return None  # damaged, or not ours

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import closing
 from typing import Final, Literal
 
 import msgspec
@@ -85,15 +86,17 @@ def build_one(job: Job, progress: Progress = SILENT) -> Outcome:
 
 
 def _build(job: Job, progress: Progress) -> tuple[Status, str]:
-    store = open_store(job.store, create=True)
-    with open_image(
-        job.image,
-        platform=job.platform,
-        tls_verify=job.tls_verify,
-        authfile=job.authfile,
-        downloads=store.downloads,
-        progress=progress,
-    ) as source:
+    with (
+        closing(open_store(job.store, create=True)) as store,
+        open_image(
+            job.image,
+            platform=job.platform,
+            tls_verify=job.tls_verify,
+            authfile=job.authfile,
+            downloads=store.downloads,
+            progress=progress,
+        ) as source,
+    ):
         found = None if job.force else existing(source, store, job.name, job.options)
         if found is not None:
             return "unchanged", found

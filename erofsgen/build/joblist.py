@@ -21,6 +21,7 @@ import msgspec
 from erofsgen.errors import UnsupportedError, UsageError
 from erofsgen.oci.images import own_name
 from erofsgen.oci.platforms import Platform
+from erofsgen.store.base import Store
 
 _HINT = "write IMAGE [tag=NAME] [platform=OS/ARCH[/VARIANT]]"
 
@@ -33,13 +34,16 @@ class Request(msgspec.Struct, frozen=True):
     platform: str | None = None
 
 
-def read_list(lines: Iterable[str], *, of: str) -> list[Request]:
-    """The images that ``lines`` ask for. Raises UsageError naming ``of`` and the line: malformed, or a name twice."""
+def read_list(lines: Iterable[str], store: Store, *, of: str) -> list[Request]:
+    """The images that ``lines`` ask for, as ``store`` would call them.
+
+    Raises UsageError naming ``of`` and the line: it is malformed, or its image's name is another one's, too.
+    """
     requests = []
     seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         try:
-            request = _read(line)
+            request = _read(line, store)
         except (UsageError, UnsupportedError) as error:
             raise UsageError(f"{of}, line {number}: {error}", hint=error.hint or _HINT) from None
         if request is None:
@@ -54,7 +58,7 @@ def read_list(lines: Iterable[str], *, of: str) -> list[Request]:
     return requests
 
 
-def _read(line: str) -> Request | None:
+def _read(line: str, store: Store) -> Request | None:
     try:
         words = list(takewhile(lambda word: not word.startswith("#"), shlex.split(line)))
     except ValueError as error:
@@ -73,5 +77,7 @@ def _read(line: str) -> Request | None:
     platform = given.get("platform")
     if platform is not None:
         Platform.parse(platform)
-    own = own_name(image)
-    return Request(image, given.get("tag", own), platform)
+    own = store.called(own_name(image))
+    name = given.get("tag", own)
+    store.check_name(name)
+    return Request(image, name, platform)

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -62,8 +63,8 @@ def command(
     from erofsgen.store.open import absolute
 
     chosen = chosen_options(options)
-    requests = read_list(images, of=images.name)
-    settings.open_store(create=True)  # what is wrong with it is said once
+    with closing(settings.open_store(create=True)) as store:  # what is wrong with it is said once
+        requests = read_list(images, store, of=images.name)
     started = time.monotonic()
     with settings.progress() as progress, _executor(cluster) as executor:
         at_once = max(min(jobs or executor.cores, len(requests)), 1)

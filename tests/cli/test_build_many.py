@@ -92,7 +92,7 @@ def test_lines_that_are_none(erofsgen, tmp_path: Path, line: str, message: str):
     outcome = erofsgen("build-many", given, code=2)
     assert f"erofsgen: error: {given}, {message}" in outcome.err
     assert "\nhint: " in outcome.err
-    assert not erofsgen.store.exists()
+    assert erofsgen("images", "--json").json == []
 
 
 def test_options_are_looked_at_first(erofsgen, layouts: Path, tmp_path: Path):
@@ -186,6 +186,20 @@ def test_from_a_real_registry(erofsgen, layouts: Path, tmp_path: Path):
         second = erofsgen("build-many", given, "--json").json
     assert [(row["name"], row["status"]) for row in first] == [(f"{host}/team/{name}:1", "built") for name in IMAGES]
     assert [(row["digest"], row["status"]) for row in second] == [(row["digest"], "unchanged") for row in first]
+
+
+@pytest.mark.server
+def test_into_a_real_registry(erofsgen, layouts: Path, tmp_path: Path):
+    """There names are tags: two images that are told apart by their repositories need names."""
+    with servers.docker_registry(tmp_path / "registry") as host:
+        erofsgen.options[1] = f"docker://{host}/lazy/images"
+        given = write_list(tmp_path / "list", "team/one:1", "team/two:1")
+        assert f"error: {given}, line 2: team/two:1 becomes 1, as" in erofsgen("build-many", given, code=2).err
+        write_list(given, *(f"oci:{layouts / name}" for name in IMAGES))
+        for status in ("built", "unchanged"):
+            outcomes = erofsgen("build-many", given, "--json").json
+            assert [(outcome["name"], outcome["status"]) for outcome in outcomes] == [(name, status) for name in IMAGES]
+        assert erofsgen("check", "--json").json["problems"] == []
 
 
 def test_a_cluster_needs_ray(erofsgen, layouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
