@@ -83,6 +83,12 @@ def test_an_upload_that_the_registry_forgot(full, open_registry):
     assert len(full.sent("POST", BEGIN)) == 2
 
 
+def test_an_upload_without_a_place(full, open_registry):
+    full.fault(BEGIN, status(202))
+    with pytest.raises(RemoteError, match="does not say where to send the upload of blob"):
+        put(open_registry(full))
+
+
 def test_patience_ends(full, open_registry):
     full.fault(SEND, status(503, b'{"errors":[{"message":"no room"}]}'), times=10)
     with pytest.raises(RemoteError, match=f"answered 503 for upload of blob {DIGEST} to team/app: no room"):
