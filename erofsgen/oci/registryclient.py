@@ -221,12 +221,13 @@ class RegistryClient:
     def _upload(self, digest: str, body: Body, what: str) -> None:
         """One attempt, from the start."""
         with self.request("POST", "blobs/uploads/", what, {}, good=(202,)) as response:
-            place = self.http.join(response.url, response.headers.get("Location", ""))
+            place = response.headers.get("Location")
+            if not place:
+                raise RemoteError(f"{self._reference.host} does not say where to send the {what}")
+            target = self.http.join(response.url, place).copy_merge_params({"digest": digest})
         headers = {"Content-Type": "application/octet-stream"}
         try:
-            with self.request(
-                "PUT", place.copy_merge_params({"digest": digest}), what, headers, body=body, good=(201,)
-            ):
+            with self.request("PUT", target, what, headers, body=body, good=(201,)):
                 return
         except NotFoundError as error:  # it has forgotten what it began
             raise Transient(RemoteError(str(error))) from error

@@ -31,7 +31,7 @@ class SpooledBlob(BlobWriter):
         self._size = 0
         with self._spooling():
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by __exit__)
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed when it has been published)
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         self._hash.update(data)
@@ -47,6 +47,7 @@ class SpooledBlob(BlobWriter):
         if size not in (None, self._size):
             raise IntegrityError(f"blob {found} is {self._size} bytes, {size} expected")
         self._publish(found, self._size, self._pieces)
+        self._file.close()
         return found, self._size
 
     def _pieces(self) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -33,6 +33,7 @@ class Request:
 
 
 Action = Callable[["Handler"], None]
+R = TypeVar("R", bound="FaultyRegistry")
 
 
 @dataclass
@@ -112,9 +113,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         registry = self.registry
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.received = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         with registry.lock:
-            registry.requests.append(Request(self.command, self.path, dict(self.headers), body))
+            registry.requests.append(Request(self.command, self.path, dict(self.headers), self.received))
             fault = next(
                 (fault for fault in registry.faults if fault.times and re.search(fault.pattern, self.path)), None
             )
@@ -195,9 +196,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def faulty_registry(certificate: tuple[Path, Path] | None = None) -> Iterator[FaultyRegistry]:
-    registry = FaultyRegistry()
-    handler = type("BoundHandler", (Handler,), {"registry": registry})
+def serving(registry: R, handler_type: type[Handler], certificate: tuple[Path, Path] | None = None) -> Iterator[R]:
+    """``registry``, with requests answered by ``handler_type``."""
+    handler = type("BoundHandler", (handler_type,), {"registry": registry})
 
     class Server(ThreadingHTTPServer):
         daemon_threads = False  # server_close waits for them: nothing of one test runs into the next
@@ -219,6 +220,12 @@ def faulty_registry(certificate: tuple[Path, Path] | None = None) -> Iterator[Fa
             registry.closing.set()
             server.shutdown()
             thread.join()
+
+
+def faulty_registry(
+    certificate: tuple[Path, Path] | None = None,
+) -> contextlib.AbstractContextManager[FaultyRegistry]:
+    return serving(FaultyRegistry(), Handler, certificate)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
