@@ -17,11 +17,13 @@ import time
 import urllib.parse
 import urllib.request
 import weakref
+from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 from urllib.parse import SplitResult
 
+from erofsgen.errors import UsageError
 from erofsgen.oci.reference import is_loopback
 
 _IDLE: Final = 20.0
@@ -34,18 +36,25 @@ Connection = http.client.HTTPConnection
 
 
 class Route(NamedTuple):
-    """How a URL is reached. ``absolute``: the request names the whole URL, for a proxy that makes it for us."""
+    """How a URL is reached."""
 
     secure: bool
     host: str
     port: int
     tunnel: tuple[str, int] | None = None
+    """The server that a proxy at ``host`` connects us to."""
+
     absolute: bool = False
+    """Whether the request names the whole URL, for a proxy that makes it for us."""
+
+    password: str | None = None
+    """What a proxy wants to see in Proxy-Authorization."""
 
 
 class Connections:
     """Idle connections, and new ones. ``proxy`` (``http://HOST:PORT``) is asked for everything, HTTPS included, and may
-    keep what it brings; without it those of the environment hold, but never for this machine. Thread-safe.
+    keep what it brings; without it those of the environment hold, but never for this machine. Connections come from the
+    addresses ``sources`` in turn. Thread-safe.
     """
 
     def __init__(
@@ -54,16 +63,16 @@ class Connections:
         self._tls = tls
         self._connect_timeout = connect_timeout
         self._proxy = proxy
-        self._sources = itertools.cycle(sources or [""])
+        self._sources = sources or [""]
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self._idle: dict[Route, list[tuple[float, Connection]]] = {}
         self._addresses: dict[tuple[str, int], tuple[float, list[str]]] = {}
-        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self.closed = False
 
     def route(self, url: SplitResult) -> Route:
-        """How ``url`` is reached."""
+        """How ``url`` is reached. Raises UsageError for a proxy that is none."""
         host, port = url.hostname or "", url.port or _PORTS[url.scheme]
         secure = url.scheme == "https"
         if self._proxy:
@@ -80,9 +89,11 @@ class Connections:
         now = time.monotonic()
         with self._lock:
             idle = self._idle.get(route, [])
+            while idle and now - idle[0][0] > _IDLE:
+                idle.pop(0)[1].close()
             while idle:
-                since, connection = idle.pop()
-                if now - since < _IDLE and _is_quiet(connection):
+                _, connection = idle.pop()
+                if _is_quiet(connection):
                     return connection, True
                 connection.close()
         return self._connect(route), False
@@ -102,10 +113,9 @@ class Connections:
             for _, connection in itertools.chain.from_iterable(self._idle.values()):
                 connection.close()
             self._idle.clear()
-            for connection in self._open:
-                if connection.sock is not None:
-                    with suppress(OSError):
-                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+            for sock in self._open:
+                with suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS, which would want to say good-bye
 
     def __del__(self) -> None:
         """Stores are often just dropped, and what is idle with them."""
@@ -114,18 +124,17 @@ class Connections:
 
     def _connect(self, route: Route) -> Connection:
         addresses = self._resolve(route.host, route.port)
-        start = next(self._turn)
+        turn = next(self._turn)
         error: OSError | None = None
-        for number in range(len(addresses)):
-            address = addresses[(start + number) % len(addresses)]
-            with self._lock:
-                source = next(self._sources)
+        for number in range(turn, turn + max(len(addresses), len(self._sources))):
+            address, source = addresses[number % len(addresses)], self._sources[number % len(self._sources)]
             try:
                 sock = socket.create_connection(
                     (address, route.port), self._connect_timeout, (source, 0) if source else None
                 )
             except OSError as failed:
                 error = failed
+                self._avoid(route, address)
                 continue
             return self._dress(route, sock)
         raise error or OSError(f"{route.host} has no address")
@@ -133,23 +142,31 @@ class Connections:
     def _dress(self, route: Route, sock: socket.socket) -> Connection:
         """HTTP on a socket, behind TLS where the route asks for it."""
         try:
+            self._keep_track(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(route.host, route.port)
             connection.sock = sock
             if route.tunnel:
-                host, port = route.tunnel
-                connection.set_tunnel(host, port)
+                headers = {"Proxy-Authorization": route.password} if route.password else {}
+                connection.set_tunnel(*route.tunnel, headers=headers)
                 connection._tunnel()  # type: ignore[attr-defined]  # what connect() does behind a connected socket
-                connection.sock = (self._tls or ssl.create_default_context()).wrap_socket(sock, server_hostname=host)
-            elif route.secure:
+            if route.tunnel or route.secure:
                 tls = self._tls or ssl.create_default_context()
-                connection.sock = tls.wrap_socket(sock, server_hostname=route.host)
+                name = route.tunnel[0] if route.tunnel else route.host
+                sock = connection.sock = tls.wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
+                self._keep_track(sock)
+                sock.do_handshake()
         except BaseException:
             sock.close()
             raise
-        with self._lock:
-            self._open.add(connection)
         return connection
+
+    def _keep_track(self, sock: socket.socket) -> None:
+        """So that close() can break it, whoever uses it by then."""
+        with self._lock:
+            if self.closed:
+                raise ConnectionAbortedError("the client was closed")
+            self._open.add(sock)
 
     def _resolve(self, host: str, port: int) -> list[str]:
         now = time.monotonic()
@@ -163,10 +180,26 @@ class Connections:
             self._addresses[host, port] = now + _RESOLVED, addresses
         return addresses
 
+    def _avoid(self, route: Route, address: str) -> None:
+        """Leave an address that does not answer out until the name is resolved again, unless it is the last."""
+        with self._lock:
+            until, addresses = self._addresses[route.host, route.port]
+            if others := [other for other in addresses if other != address]:
+                self._addresses[route.host, route.port] = until, others
+
 
 def _via(proxy: str, *, absolute: bool) -> Route:
-    parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    return Route(parts.scheme == "https", parts.hostname or "", parts.port or _PORTS[parts.scheme], absolute=absolute)
+    try:
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        port = parts.port or _PORTS[parts.scheme]
+    except (ValueError, KeyError):
+        where = proxy.rpartition("@")[2]
+        raise UsageError(f"{where} is not an HTTP proxy", hint="http://HOST:PORT") from None
+    password = None
+    if parts.username is not None:
+        user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        password = f"Basic {b64encode(user.encode()).decode()}"
+    return Route(parts.scheme == "https", parts.hostname or "", port, absolute=absolute, password=password)
 
 
 def _is_quiet(connection: Connection) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import string
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -16,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from erofsgen.errors import FormatError, NotFoundError, UnsupportedError
+from erofsgen.errors import FormatError, NotFoundError, UnsupportedError, UsageError
 from erofsgen.oci.patience import Policy
 from erofsgen.oci.tls import tls_context
 from erofsgen.store import keys, layout
@@ -28,15 +29,15 @@ _DESCRIPTOR_LIMIT: Final = 1 << 20
 
 
 class HttpStore(Store):
-    """The store below ``url``, which has no query. Raises NotFoundError, RemoteError."""
+    """The store below ``url``, which has no query. Raises UsageError."""
 
     def __init__(
         self, url: str, *, policy: Policy | None = None, tls_verify: bool = True, proxy: str | None = None
     ) -> None:
         self.url = url
         self.scratch = scratch(url)
-        self._base = url.rstrip("/") + "/"
-        self._headers = _credentials(urlsplit(url).hostname or "")
+        self._base = quote(url.rstrip("/"), safe=string.punctuation) + "/"
+        self._headers = _credentials(_host(url))
         tls = tls_context(None, verify=tls_verify) if url.startswith("https:") else None
         self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
 
@@ -115,11 +116,25 @@ class HttpStore(Store):
         return UnsupportedError(f"{self.url}: a web server {what}", hint="name the store that it serves")
 
 
+def _host(url: str) -> str:
+    """The host of a URL that is one. Raises UsageError."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host:
+        raise UsageError(f"{url}: not a URL", hint="http://HOST[:PORT]/PATH")
+    if "@" in parts.netloc:  # a store's name is shown, and kept in files that others may read
+        raise UsageError(f"{host}: a store's URL has no password in it", hint="put it into ~/.netrc")
+    return host
+
+
 def _credentials(host: str) -> Mapping[str, str]:
     """The header for what ``~/.netrc`` says of ``host``, if it says anything."""
     try:
         found = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (FileNotFoundError, netrc.NetrcParseError):
+    except (OSError, UnicodeError, netrc.NetrcParseError):
         return {}
     if found is None:
         return {}

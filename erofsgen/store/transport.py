@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import http.client
 import re
-import socket
 import ssl
+import string
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple, TypeVar
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
-from erofsgen import __version__
 from erofsgen.errors import ErofsgenError, IntegrityError, NotFoundError, RemoteError
 from erofsgen.oci.patience import Patience, Policy, Transient, printable, retry_after
+from erofsgen.store.answers import Answer, ask, host_of, translated
 from erofsgen.store.base import Speed
-from erofsgen.store.connections import Connection, Connections, Route
+from erofsgen.store.connections import Connections
 
 T = TypeVar("T")
 
@@ -34,7 +34,8 @@ _REFUSALS: Final = frozenset({400, 401, 403})
 _TRANSIENT: Final = frozenset({408, 425, 429})
 _MOVED: Final = 300.0
 """Seconds that a redirect is remembered: it spares a round trip for each range."""
-_ERROR_BODY: Final = 64 << 10
+_MOVES: Final = 4096
+"""Redirects that are remembered; signed URLs may have one each."""
 _SKIP: Final = 4 << 20
 """Bytes that are read and dropped at most where a server answers with more than the range."""
 _LARGE: Final = 256 << 10
@@ -84,7 +85,9 @@ class Transport:
         )
         self._lock = threading.Lock()
         self._moved: dict[tuple[str, str], tuple[float, str]] = {}
+        self._latency: float | None = None
         self.speed: Speed | None = None
+        """None until something was read that is large enough to say what the bandwidth is."""
 
     def read_into(self, locate: Locate, offset: int, buffer: memoryview, what: str) -> None:
         """Fill ``buffer`` with the bytes at ``offset`` of ``what``.
@@ -123,7 +126,7 @@ class Transport:
     def _read_range(self, locate: Locate, offset: int, buffer: memoryview, what: str) -> None:
         end = offset + len(buffer)
         headers = {"Range": f"bytes={offset}-{end - 1}"}
-        with self._answer("GET", locate, headers, what) as answer:
+        with self._answer("GET", locate, headers, what, good=(200, 206, 416)) as answer:
             response = answer.response
             if response.status == 416:
                 raise IntegrityError(f"{answer.where}: {what} ends before byte {end}")
@@ -145,24 +148,30 @@ class Transport:
         with self._answer("HEAD", locate, {}, what) as answer:
             length = answer.response.getheader("Content-Length", "")
             answer.response.read()  # nothing, but http.client wants it said
-            if not length.isdigit():
+            if not length.isdecimal():
                 raise RemoteError(f"{answer.where} does not say how long {what} is")
             return int(length)
 
     @contextmanager
-    def _answer(self, method: str, locate: Locate, headers: Mapping[str, str], what: str) -> Iterator[_Answer]:
-        """The successful answer of whoever has ``what``; a place that refuses us is asked for another way in once."""
+    def _answer(
+        self, method: str, locate: Locate, headers: Mapping[str, str], what: str, *, good: Container[int] = (200,)
+    ) -> Iterator[Answer]:
+        """The answer with a ``good`` status; a place that refuses us is asked for another way in once."""
         refusal: Refusal | None = None
         while True:
             location = locate(refusal)
-            with self._follow(method, location, headers, what) as answer:
-                status = answer.response.status
-                if status in (200, 206, 416):
-                    if answer.response.getheader("Content-Encoding", "identity").lower() != "identity":
-                        raise Transient(RemoteError(f"{answer.where} compressed {what}, which was not asked for"))
-                    yield answer
-                    return
-                body = answer.error_text()
+            try:
+                with self._follow(method, location, headers, what) as answer:
+                    status = answer.response.status
+                    if status in good:
+                        if answer.response.getheader("Content-Encoding", "identity").strip().lower() != "identity":
+                            raise Transient(RemoteError(f"{answer.where} compressed {what}, which was not asked for"))
+                        yield answer
+                        return
+                    body = answer.error_text()
+            except BaseException:  # where it moved to may be what is wrong
+                self._forget_moves(method, location.url)
+                raise
             self._forget_moves(method, location.url)
             moved = answer.url != location.url
             if refusal is None and (status in _REFUSALS or (moved and status in (404, 410))):
@@ -173,10 +182,10 @@ class Transport:
             raise _failure(answer, what, body)
 
     @contextmanager
-    def _follow(self, method: str, location: Location, headers: Mapping[str, str], what: str) -> Iterator[_Answer]:
+    def _follow(self, method: str, location: Location, headers: Mapping[str, str], what: str) -> Iterator[Answer]:
         """The answer that is no redirect. What a location's headers hold does not go to another origin."""
         url = self._moved_to(method, location.url)
-        for _ in range(_REDIRECTS):
+        for _ in range(_REDIRECTS + 1):
             own = location.headers if _origin(url) == _origin(location.url) else {}
             with self._send(method, url, {**headers, **own}, what) as answer:
                 target = answer.response.getheader("Location")
@@ -184,47 +193,45 @@ class Transport:
                     yield answer
                     return
                 answer.error_text()  # so that the connection can be used again
-            target = urljoin(url, target)
-            if urlsplit(target).scheme not in ("http", "https") or not urlsplit(target).hostname:
-                raise RemoteError(f"{answer.where} redirects to {printable(target)!a}, which is not HTTP")
-            if url.startswith("https:") and target.startswith("http:"):
-                raise RemoteError(f"{answer.where} redirects from HTTPS to plain HTTP")
-            url = target
+            url = _redirected(answer, target)
             with self._lock:
+                if len(self._moved) >= _MOVES:
+                    self._moved.clear()
                 self._moved[method, location.url] = time.monotonic() + _MOVED, url
-        raise RemoteError(f"{_host(urlsplit(location.url))} redirects more than {_REDIRECTS} times")
+        raise RemoteError(f"{host_of(urlsplit(location.url))} redirects more than {_REDIRECTS} times")
 
     @contextmanager
-    def _send(self, method: str, url: str, headers: Mapping[str, str], what: str) -> Iterator[_Answer]:
+    def _send(self, method: str, url: str, headers: Mapping[str, str], what: str) -> Iterator[Answer]:
         """The answer to one request. Its connection is kept if all of it was read."""
         parts = urlsplit(url)
-        where = _host(parts)
+        where = host_of(parts)
         route = self._connections.route(parts)
-        answer: _Answer | None = None
+        answer: Answer | None = None
         while answer is None:
-            with _translated(where, what):
+            with translated(where, what):
                 if self.stop.is_set():
                     raise RemoteError(f"the request to {where} was given up")
                 connection, used = self._connections.take(route)
                 try:
-                    answer = _ask(connection, route, method, parts, headers, self.policy)
-                except (ConnectionError, http.client.BadStatusLine):
+                    answer = ask(connection, route, method, parts, headers, self.policy)
+                except (ConnectionError, ssl.SSLEOFError, http.client.BadStatusLine):
                     connection.close()
                     if not used:  # one that was idle may have been closed meanwhile
                         raise
                 except BaseException:
                     connection.close()
                     raise
+        keep = False
         try:
-            with _translated(where, what):
+            with translated(where, what):
                 yield answer
-            if answer.response.isclosed() and not answer.response.will_close:
+            keep = answer.response.isclosed() and not answer.response.will_close
+        finally:
+            answer.response.close()
+            if keep:
                 self._connections.give_back(route, connection)
             else:
                 connection.close()
-        except BaseException:
-            connection.close()
-            raise
 
     # --- what was learnt ---------------------------------------------------------------------------------------------
 
@@ -238,97 +245,36 @@ class Transport:
             self._moved.pop((method, url), None)
 
     def _measured(self, latency: float, length: int, seconds: float) -> None:
+        bandwidth = length / max(seconds, 1e-6)
         with self._lock:
-            if self.speed is None:
-                self.speed = Speed(latency, length / max(seconds, 1e-6))
-                return
-            known = self.speed
-            bandwidth = known.bandwidth
+            self._latency = latency = _blend(self._latency, latency)
             if length >= _LARGE:
-                bandwidth += _SHARE * (length / max(seconds, 1e-6) - bandwidth)
-            self.speed = Speed(known.latency + _SHARE * (latency - known.latency), bandwidth)
+                self.speed = Speed(latency, _blend(self.speed and self.speed.bandwidth, bandwidth))
+            elif self.speed is not None:
+                self.speed = Speed(latency, self.speed.bandwidth)
 
 
-class _Answer:
-    """A response whose body is still to be read, within the policy's time."""
-
-    def __init__(
-        self, response: http.client.HTTPResponse, sock: socket.socket, url: str, latency: float, policy: Policy
-    ) -> None:
-        self.response = response
-        self.url = url
-        self.where = _host(urlsplit(url))
-        self.latency = latency
-        self._sock = sock
-        self._policy = policy
-        self._began = time.monotonic()
-
-    def fill(self, buffer: memoryview, what: str) -> None:
-        """Exactly as many bytes of the body. Raises Transient (it ends before, or is too slow), OSError."""
-        done = 0
-        while done < len(buffer):
-            count = self._receive(buffer[done:])
-            if not count:
-                raise Transient(RemoteError(f"{self.where}: {what} ended after {done} of {len(buffer)} bytes"))
-            done += count
-            self._hurry(done, what)
-        if self.response.length == 0:
-            self.response.close()
-
-    def body(self, limit: int, what: str) -> bytes:
-        """All of the body. Raises Transient, RemoteError (more than ``limit`` bytes), OSError."""
-        data = bytearray()
-        while piece := self.response.read(min(limit + 1 - len(data), 1 << 20)):
-            data += piece
-            if len(data) > limit:
-                raise RemoteError(f"{self.where} sent more than {limit} bytes as {what}")
-            self._hurry(len(data), what)
-        if self.response.length:
-            raise Transient(RemoteError(f"{self.where}: {what} ended after {len(data)} bytes"))
-        return bytes(data)
-
-    def error_text(self) -> str:
-        """The start of an error's body. Never raises for the network: the status is what counts."""
-        try:
-            return self.response.read(_ERROR_BODY).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            return ""
-
-    def _receive(self, buffer: memoryview) -> int:
-        """One piece of the body, straight from the socket."""
-        response = self.response
-        if response.chunked or response.length is None or response.fp is None:
-            return response.readinto(buffer)
-        count = response.fp.readinto1(buffer[: response.length])
-        response.length -= count
-        return count
-
-    def _hurry(self, done: int, what: str) -> None:
-        """Raises Transient where the body comes slower than the policy allows."""
-        elapsed = time.monotonic() - self._began
-        if elapsed > self._policy.read_timeout and done < elapsed * self._policy.min_rate:
-            raise Transient(RemoteError(f"{self.where} is too slow: {done} bytes of {what} in {elapsed:.0f} s"))
+def _blend(known: float | None, measured: float) -> float:
+    return measured if known is None else known + _SHARE * (measured - known)
 
 
-def _ask(
-    connection: Connection, route: Route, method: str, url: SplitResult, headers: Mapping[str, str], policy: Policy
-) -> _Answer:
-    """Send a request and read the answer's head. Raises OSError, HTTPException."""
-    path = url.path or "/"
-    target = url.geturl() if route.absolute else (f"{path}?{url.query}" if url.query else path)
-    sock = connection.sock
-    sock.settimeout(policy.read_timeout)
-    began = time.monotonic()
-    connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-    common = {"Host": url.netloc.rpartition("@")[2], "User-Agent": f"erofsgen/{__version__}"}
-    for name, value in {**common, "Accept-Encoding": "identity", **headers}.items():
-        connection.putheader(name, value)
-    connection.endheaders()
-    response = connection.getresponse()
-    return _Answer(response, sock, url.geturl(), time.monotonic() - began, policy)
+def _redirected(answer: Answer, location: str) -> str:
+    """The URL that a redirect's ``Location`` means. Raises RemoteError."""
+    try:
+        # servers send what no URL may hold: spaces, and bytes that http.client takes for Latin-1
+        target = urljoin(answer.url, quote(location.strip(), safe=string.punctuation, encoding="latin-1"))
+        parts = urlsplit(urldefrag(target).url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise RemoteError(f"{answer.where} redirects to {printable(location)!a}, which is no URL of the web")
+    if urlsplit(answer.url).scheme == "https" != parts.scheme:
+        raise RemoteError(f"{answer.where} redirects from HTTPS to plain HTTP")
+    return parts.geturl()
 
 
-def _bytes_before(answer: _Answer, offset: int, end: int, what: str) -> int:
+def _bytes_before(answer: Answer, offset: int, end: int, what: str) -> int:
     """How many bytes of the body come before the range asked for. Raises Transient, IntegrityError."""
     response = answer.response
     if response.status == 200:  # all of it, Range was ignored
@@ -337,7 +283,7 @@ def _bytes_before(answer: _Answer, offset: int, end: int, what: str) -> int:
         if offset > _SKIP:
             raise Transient(RemoteError(f"{answer.where} ignores ranges", hint="use a server that serves them"))
         return offset
-    match = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range", ""))
+    match = _CONTENT_RANGE.fullmatch(response.getheader("Content-Range", "").strip())
     if not match or int(match[1]) != offset or int(match[2]) > end - 1:
         said = printable(response.getheader("Content-Range", "none"))
         raise Transient(RemoteError(f"{answer.where} answers with another range of {what}: {said}"))
@@ -348,13 +294,7 @@ def _bytes_before(answer: _Answer, offset: int, end: int, what: str) -> int:
     return 0
 
 
-def s3_error(body: str) -> tuple[str, str]:
-    """Code and message of an error as S3 services word it, empty where ``body`` is none."""
-    match = _S3_ERROR.search(body)
-    return (match[1], match[2] or "") if match else ("", "")
-
-
-def _failure(answer: _Answer, what: str, body: str) -> ErofsgenError | Transient:
+def _failure(answer: Answer, what: str, body: str) -> ErofsgenError | Transient:
     """What to raise for an answer that is no success."""
     status, where = answer.response.status, answer.where
     said = printable(": ".join(filter(None, s3_error(body))) or re.sub(r"<[^>]*>", " ", body), 120)
@@ -365,38 +305,10 @@ def _failure(answer: _Answer, what: str, body: str) -> ErofsgenError | Transient
         hint = "the server limits our rate" if status in (429, 503) else "try again later"
         error = RemoteError(f"{where} answered {status} for {what}{detail}", hint=hint)
         return Transient(error, retry_after(answer.response.getheader("Retry-After", "")))
-    return RemoteError(
-        f"{where} answered {status} for {what}{detail}", hint="check the credentials and what they allow"
-    )
-
-
-@contextmanager
-def _translated(where: str, what: str) -> Iterator[None]:
-    """What sockets and http.client raise, in this project's words."""
-    try:
-        yield
-    except TimeoutError as error:
-        raise Transient(RemoteError(f"no answer from {where} for {what} in time")) from error
-    except ssl.SSLCertVerificationError as error:
-        raise RemoteError(f"the certificate of {where} is not trusted: {error.verify_message}") from error
-    except socket.gaierror as error:
-        failed = RemoteError(f"the name of {where} cannot be resolved: {error.strerror}", hint="check the network")
-        if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
-            raise failed from error
-        raise Transient(failed) from error
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise Transient(RemoteError(f"cannot reach {where}: {reason}", hint="check the network")) from error
-    except http.client.HTTPException as error:
-        reason = printable(f"{type(error).__name__} {error}".strip())
-        raise Transient(RemoteError(f"{where} does not speak HTTP properly: {reason}")) from error
+    allowed = "check the credentials and what they allow" if status in _REFUSALS else None
+    return RemoteError(f"{where} answered {status} for {what}{detail}", hint=allowed)
 
 
 def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
-
-
-def _host(url: SplitResult) -> str:
-    """Where a request went, without what may be secret in its URL."""
-    return printable(url.netloc.rpartition("@")[2])

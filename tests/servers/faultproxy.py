@@ -66,6 +66,8 @@ class FaultProxy:
         self.pace = Pace()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.accepted = 0
+        """Connections that clients made."""
         self.closing = threading.Event()
         """Set when the proxy stops; whoever dawdles waits for it."""
         self._lock = threading.Lock()
@@ -122,6 +124,7 @@ class FaultProxy:
                 return
             link = Link(self, connection)
             with self._lock:
+                self.accepted += 1
                 self._links.add(link)
             link.thread.start()
 
@@ -145,6 +148,17 @@ def reset() -> Action:
     def action(exchange: Exchange) -> None:
         exchange.client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         exchange.keep = False
+
+    return action
+
+
+def raw(data: bytes, *, keep: bool = False) -> Action:
+    """These bytes, whatever they mean, then a closed connection unless ``keep``."""
+
+    def action(exchange: Exchange) -> None:
+        exchange.drain()
+        exchange.client.send(data)
+        exchange.keep = keep
 
     return action
 
