@@ -20,11 +20,13 @@ from erofsgen.cli.main import EXIT_CODES, program
 ENVIRONMENT = (
     ("EROFSGEN_STORE", "The store, where --store is not given."),
     ("EROFSGEN_ROOT", "The directory of host state, where --root is not given."),
+    ("EROFSGEN_CONFIG", "The configuration file, where --config is not given."),
     ("XDG_DATA_HOME", "Where the defaults of both lie for everybody but root; ~/.local/share if it is not set."),
     ("TZ", "The time zone of listings."),
 )
 FILES = (
     ("/var/lib/erofsgen/store", "Root's store. Others have $XDG_DATA_HOME/erofsgen/store."),
+    ("/etc/erofsgen/config.toml", "Root's configuration. Others have $XDG_CONFIG_HOME/erofsgen/config.toml."),
     ("/var/lib/erofsgen", "Root's host state. Others have $XDG_DATA_HOME/erofsgen."),
 )
 NAMES = (

@@ -59,6 +59,9 @@ def serve(settings: Settings, plane: str, plane_options: Mapping[str, object], o
     if options["stop"]:
         _stop(settings, options["force"])
         return
+    from erofsgen.host.config import load
+
+    load()  # what is wrong with it is for the user to see, not for the worker's log
     settings.cache()
     worker = {name: options[name] for name in ("threads", "memory", "scrub")}
     worker["complete-at"] = options["complete_at"] / 100

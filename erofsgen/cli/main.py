@@ -38,6 +38,7 @@ VERBS: Final = (
     "fscached",
     "fuse",
     "status",
+    "config",
     "run",
     "doctor",
     "completion",

@@ -39,13 +39,35 @@ class Settings:
 
     def __init__(self) -> None:
         home = _data_home()
-        self.store: str = os.environ.get("EROFSGEN_STORE") or str(home / "store")
+        self._store = os.environ.get("EROFSGEN_STORE")
         self.root: Path = Path(os.environ.get("EROFSGEN_ROOT") or home)
         self.debug = False
         self.quiet = False
         self.json = False
         self.cache_dirs: list[Path] = []
         self.max_bytes: int | None = None
+
+    @property
+    def store(self) -> str:
+        """The store: given, in the environment, in the configuration, or this user's own. Raises FormatError."""
+        if not self._store:
+            from erofsgen.host.config import load
+
+            self._store = load().store or str(_data_home() / "store")
+        return self._store
+
+    @store.setter
+    def store(self, store: str) -> None:
+        self._store = store
+
+    @property
+    def config(self) -> str | None:
+        """The configuration file, if one was named. The processes that this one starts read it, too."""
+        return os.environ.get("EROFSGEN_CONFIG")
+
+    @config.setter
+    def config(self, path: str) -> None:
+        os.environ["EROFSGEN_CONFIG"] = os.path.abspath(path)
 
     def cache(self) -> HostCache:
         """The host cache, with what the options say of it recorded. Raises StorageError."""
@@ -153,6 +175,7 @@ def shared_options(*, json: bool) -> list[click.Parameter]:
     options: list[click.Parameter] = [
         _option(["--store"], metavar="STORE", help="A directory or URL with images. Environment: EROFSGEN_STORE."),
         _option(["--root"], metavar="HOSTDIR", type=Path, help="Directory of host state. Environment: EROFSGEN_ROOT."),
+        _option(["--config"], metavar="FILE", help="The configuration file. Environment: EROFSGEN_CONFIG."),
         _option(["--debug"], is_flag=True, help="Print a traceback with an error."),
         _option(["--quiet", "-q"], is_flag=True, help="Print no progress."),
     ]

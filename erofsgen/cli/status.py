@@ -54,11 +54,31 @@ def _print(facts: dict[str, Any]) -> None:
             ("filled", f"{output.counted(frames, 'frame')}, {output.size(written)}; {output.size(fetched)} fetched")
         )
         for name, source in engine["sources"].items():
-            reads, bad = output.counted(source["reads"], "read"), output.counted(source["bad_frames"], "bad frame")
-            rows.append(("store", f"{output.printable(name)}: {reads}, {source['failed']} failed, {bad}"))
+            kind = "store" if source["level"] is None else "tier"
+            rows.append((kind, f"{output.printable(name)}: {_of_source(source)}"))
     output.facts(rows)
     for error in facts["errors"]:
         output.line(f"{_when(error['at'])} {output.one_line(error['error'])}")
+
+
+def _of_source(source: dict[str, Any]) -> str:
+    from erofsgen.cli import output
+
+    rest = f" {source['rests']:.0f} s" if source["state"] == "resting" else ""
+    said = [
+        f"{source['state']}{rest}",
+        f"{output.counted(source['reads'], 'read')} of {output.size(source['bytes'])}",
+        f"p50 {1000 * source['p50']:.1f} ms",
+        f"p95 {1000 * source['p95']:.1f} ms",
+        f"{source['failed']} failed",
+        f"{source['absent']} absent",
+        output.counted(source["bad_frames"], "bad frame"),
+        f"{source['hedges']} hedged",
+    ]
+    if source["error"] is not None:
+        ago = max(0.0, time.time() - source["error"]["at"])
+        said.append(f"{ago:.0f} s ago: {output.one_line(source['error']['error'])}")
+    return ", ".join(said)
 
 
 def _kept(facts: dict[str, Any]) -> str:

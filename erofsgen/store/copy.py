@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -77,14 +77,20 @@ def copy_image(
     )
 
 
-def copy_blob(source: Store, destination: Store, digest: str, size: int) -> None:
+class Readable(Protocol):
+    """Where blobs can be read, as :meth:`Store.read_into` says."""
+
+    def read_into(self, digest: str, offset: int, buffer: memoryview, /) -> None: ...
+
+
+def copy_blob(source: Readable, destination: Store, digest: str, size: int) -> None:
     """One blob, checked on its way. Raises as :func:`copy_image` does."""
     with _Pool(2, "read") as readers, SILENT.task("") as task:
         _copy_blob(source, destination, digest, size, readers, task)
 
 
 def _copy_blob(
-    source: Store, destination: Store, digest: str, size: int, readers: ThreadPoolExecutor, task: Task
+    source: Readable, destination: Store, digest: str, size: int, readers: ThreadPoolExecutor, task: Task
 ) -> None:
     for last in (False, True):
         done = 0
@@ -102,7 +108,7 @@ def _copy_blob(
                 raise
 
 
-def _pieces(source: Store, digest: str, size: int, readers: ThreadPoolExecutor) -> Iterator[memoryview]:
+def _pieces(source: Readable, digest: str, size: int, readers: ThreadPoolExecutor) -> Iterator[memoryview]:
     """A blob in order; the next piece is being read while one is used."""
 
     def read(offset: int) -> memoryview:

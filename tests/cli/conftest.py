@@ -74,6 +74,12 @@ class Erofsgen:
 
 
 @pytest.fixture(autouse=True)
+def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither this machine's nor, since ``--config`` is told by the environment, another test's."""
+    monkeypatch.setenv("EROFSGEN_CONFIG", os.devnull)
+
+
+@pytest.fixture(autouse=True)
 def no_daemon_left(tmp_path: Path) -> Iterator[None]:
     """Ends the daemon that a test's commands have started."""
     yield

@@ -12,6 +12,8 @@ from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.packfile import PackFile
 from erofsgen.host.cache.room import FRAME_COST
+from erofsgen.host.config import load
+from erofsgen.host.fill.chain import chain
 from erofsgen.host.fill.engine import Engine, Priority, StoreSource
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
@@ -37,7 +39,7 @@ def fill(cache: HostCache, image: CachedImage, open_store: Callable[[], Store], 
             return
         store = open_store()
         # A store that can fail has its own retries; here a failure is the user's to see at once
-        engine = opened.enter_context(Engine([StoreSource(store)], retries=0))
+        engine = opened.enter_context(Engine([*chain(load(), store.url)[:-1], StoreSource(store)], retries=0))
         for pack, file in packs:
             take_over(cache, pack, file, store)
         fill_packs(engine, [file for _, file in packs], progress)

@@ -27,8 +27,9 @@ from erofsgen.host.cache.frames import frame_starts
 from erofsgen.host.cache.objects import Objects
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.verify import Report, verify
+from erofsgen.host.config import load
+from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine
-from erofsgen.host.fill.sources import UrlSource
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.manifest import Pack
 
@@ -151,8 +152,10 @@ def verify_here(cache: HostCache, *, repair: bool, progress: Progress = SILENT) 
 
     if not repair:
         return check(None)
-    urls = dict.fromkeys(url for image in images for url in image.stores)
-    with Engine([UrlSource(url) for url in urls], retries=0) as engine:
+    config = load()
+    with Engine([], retries=0) as engine:
+        for image in images:
+            add_chains(engine, config, image.stores, [pack.hex for pack in image.packs])
         return check(engine)
 
 

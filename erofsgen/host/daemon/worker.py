@@ -31,18 +31,24 @@ from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
+from erofsgen.host.config import Config, load
 from erofsgen.host.daemon.channel import Channel, Message
+from erofsgen.host.daemon.feeder import Feeder
 from erofsgen.host.daemon.housekeeping import Housekeeping
 from erofsgen.host.daemon.scrub import Scrubber
 from erofsgen.host.daemon.tasks import Tasks
+from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine, Priority
-from erofsgen.host.fill.sources import UrlSource, describe
+from erofsgen.host.fill.sources import describe
 from erofsgen.store.manifest import Pack
 
 _logger: Final = logging.getLogger(__name__)
 
 _PATIENCE: Final = 60.0
 """Seconds to wait for the supervisor's marks."""
+
+_RETRIES: Final = 10
+"""Rounds after the first: with the engine's pauses some 20 s, within which most of what fails is well again."""
 
 _RECOVERERS: Final = 2
 """Threads that compare bytes of an earlier boot with their digests."""
@@ -53,7 +59,8 @@ class Worker:
 
     def __init__(self, cache: HostCache, channel: Channel, options: argparse.Namespace) -> None:
         self.cache = cache
-        self.engine = Engine([], threads=options.threads, memory=options.memory)
+        self.engine = Engine([], threads=options.threads, memory=options.memory, retries=_RETRIES)
+        self._config = _config()
         self._channel = channel
         self._introduced: dict[str, tuple[Message, int]] = {}  # descriptors to write with, and what is to be known
         self._packs: dict[str, PackFile | ObjectFile] = {}
@@ -70,6 +77,8 @@ class Worker:
     def run(self) -> None:
         """Until the supervisor goes."""
         self._housekeeping.start()
+        if any(tier.feed for tier in self._config.tier):
+            Feeder(self.engine, lambda name: self._find(name).size).start()
         if self._scrub:
             Scrubber(self, self._scrub).start()
         while (received := self._channel.receive()) is not None:
@@ -222,9 +231,8 @@ class Worker:
         return images
 
     def add_stores(self, image: CachedImage) -> None:
-        """Let the stores that are known to have an image be sources."""
-        for url in image.stores:
-            self.engine.add_source(UrlSource(url))
+        """Let the stores that are known to have an image, and the tiers before them, be sources of its packs."""
+        add_chains(self.engine, self._config, image.stores, [pack.hex for pack in image.packs])
 
     def _introduce(self, message: Message, descriptor: int) -> None:
         name = message["pack"]
@@ -246,6 +254,15 @@ class Worker:
     def _close(self, pack: PackFile | ObjectFile) -> None:
         self.engine.forget(pack)
         pack.close()
+
+
+def _config() -> Config:
+    """The configuration; readers get on without it if it was broken since the daemon was started."""
+    try:
+        return load()
+    except ErofsgenError as error:
+        _logger.error("%s; going on without tiers", error)
+        return Config()
 
 
 def _after(ended: Future[None], call: Callable[[], None], failed: Callable[[BaseException | None], None]) -> None:

@@ -203,6 +203,12 @@ class Engine:
         settle(settled)
         self._alarm.stop()
         self._prober.stop()
+        for source in self._tiers.sources:
+            source.close()
+
+    def waiting(self, priority: Priority) -> int:
+        """Frames of this priority that are not on their way yet."""
+        return self._schedule.lengths[priority]
 
     def stats(self) -> Stats:
         """What the engine has done and is doing."""

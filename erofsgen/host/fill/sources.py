@@ -51,6 +51,9 @@ class Source(ABC):
         Called by several threads at once. It must come back some day: threads cannot be interrupted.
         """
 
+    def close(self) -> None:  # noqa: B027  (most have nothing to close)
+        """Let go of connections; nobody reads any more."""
+
 
 class StoreSource(Source):
     """A store as a source."""
@@ -116,6 +119,11 @@ class UrlSource(Source):
                 except NotFoundError as error:  # a store that is not there does not lack this blob alone
                     raise RemoteError(str(error), hint=error.hint) from error
             return self._store
+
+    def close(self) -> None:
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
 
     def read_into(self, digest: str, offset: int, buffer: memoryview, /) -> None:
         (self._store or self.store()).read_into(digest, offset, buffer)
