@@ -44,6 +44,7 @@ _SHARE: Final = 0.2
 """Weight of the newest measurement."""
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII)
 
+
 _S3_ERROR: Final = re.compile(r"<Error>.*?<Code>([^<]*)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
 
 
@@ -292,6 +293,12 @@ def _bytes_before(answer: Answer, offset: int, end: int, what: str) -> int:
             raise IntegrityError(f"{answer.where}: {what} is {match[3]} bytes, {end} expected")
         raise Transient(RemoteError(f"{answer.where} answers with less than the range of {what}"))
     return 0
+
+
+def s3_error(body: str) -> tuple[str, str]:
+    """Code and message of an error as S3 services word it, empty where ``body`` is none."""
+    match = _S3_ERROR.search(body)
+    return (match[1], match[2] or "") if match else ("", "")
 
 
 def _failure(answer: Answer, what: str, body: str) -> ErofsgenError | Transient:
