@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeVar
 
 import httpx
@@ -65,6 +66,11 @@ class HttpClient:
         self._lock = threading.Lock()
         self._clients: dict[tuple[str, bool, bool], httpx.Client] = {}
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    @cached_property
+    def tls(self) -> ssl.SSLContext:
+        """How the registry itself shows who it is."""
+        return tls_context(self._registry, verify=self._tls_verify)
 
     def may_use(self, url: httpx.URL) -> bool:
         """Whether a secret may travel to ``url``: over TLS, within this machine, or the user gave up on TLS."""
@@ -219,7 +225,7 @@ class HttpClient:
         with self._lock:
             if key not in self._clients:
                 if url.scheme == "https":
-                    context = tls_context(self._registry if own else None, verify=self._tls_verify)
+                    context = self.tls if own else tls_context(None, verify=self._tls_verify)
                 else:  # never used, and reading the system's authorities takes its time
                     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 self._clients[key] = httpx.Client(

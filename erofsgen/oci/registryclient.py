@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import ssl
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -154,6 +155,10 @@ class RegistryClient:
                 return response.status_code
 
         return self._patiently(attempt)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """How the API shows who it is, None where it is plain HTTP. Raises RemoteError."""
+        return self.http.tls if self._patiently(self._api).scheme == "https" else None
 
     def url(self, path: str) -> httpx.URL:
         """Where ``path`` is. Raises Transient, RemoteError."""

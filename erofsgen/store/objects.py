@@ -6,8 +6,6 @@ listing shows whatever was written before it: nothing else is asked of the servi
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,11 @@ from typing import IO, Final, NamedTuple
 
 import msgspec
 
-from erofsgen.errors import FormatError, IntegrityError, NotFoundError, StorageError
+from erofsgen.errors import FormatError, NotFoundError
 from erofsgen.store import keys
 from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store
 from erofsgen.store.locks import Locks, Times
+from erofsgen.store.spool import Spool
 
 _DESCRIPTOR_LIMIT: Final = 1 << 20
 _RECORD_LIMIT: Final = 1 << 30
@@ -99,7 +98,7 @@ class ObjectStore(Store):
         self._objects.read_into(keys.blob(digest), offset, buffer, f"blob {digest}")
 
     def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:
-        return _Upload(self._objects, self.scratch / "tmp", digest, size)
+        return Spool(self.scratch / "tmp", digest, size, self._upload)
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         for found in self._objects.list(keys.BLOBS):
@@ -161,52 +160,6 @@ class ObjectStore(Store):
     def close(self) -> None:
         self._objects.close()
 
-
-class _Upload(BlobWriter):
-    """A blob in a nameless file of ``directory``, which is uploaded once it is whole and known to be needed."""
-
-    def __init__(self, objects: Objects, directory: Path, digest: str | None, size: int | None) -> None:
-        self._objects = objects
-        self._directory = directory
-        self._announced = digest, size
-        self._hash = hashlib.sha256()
-        self._size = 0
-        with self._spooling():
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by __exit__)
-
-    def write(self, data: bytes | bytearray | memoryview, /) -> None:
-        self._hash.update(data)
-        with self._spooling():
-            self._file.write(data)
-        self._size += memoryview(data).nbytes
-
-    def commit(self) -> tuple[str, int]:
-        digest, size = self._announced
-        found = f"sha256:{self._hash.hexdigest()}"
-        if digest not in (None, found):
-            raise IntegrityError(f"blob {found} came instead of {digest}")
-        if size not in (None, self._size):
-            raise IntegrityError(f"blob {found} is {self._size} bytes, {size} expected")
-        with self._spooling():
-            self._file.seek(0)  # and write what is buffered
-        key = keys.blob(found)
-        if self._objects.size(key) != self._size:
-            self._objects.put_file(key, self._file, self._size)
-        self._file.close()
-        return found, self._size
-
-    def __enter__(self) -> BlobWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with self._spooling():
-            self._file.close()
-
-    @contextmanager
-    def _spooling(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            hint = "free some space there, or set XDG_CACHE_HOME to another directory"
-            raise StorageError(f"{self._directory}: {error.strerror}", hint=hint) from error
+    def _upload(self, digest: str, size: int, spool: Spool) -> None:
+        if self.size(digest) != size:
+            self._objects.put_file(keys.blob(digest), spool.file, size)

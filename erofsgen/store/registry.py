@@ -13,6 +13,7 @@ Registries do not list blobs, collect garbage themselves, and keep no layer reco
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -27,12 +28,11 @@ from erofsgen.oci.manifest import DOCUMENT_LIMIT, INDEX_TYPES, resolve
 from erofsgen.oci.patience import Policy
 from erofsgen.oci.reference import Reference, is_digest, is_tag
 from erofsgen.oci.registryclient import ACCEPT, RegistryClient
-from erofsgen.oci.tls import tls_context
 from erofsgen.store import keys, referrers
 from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store, scratch
 from erofsgen.store.image import read_blob
 from erofsgen.store.manifest import ARTIFACT_TYPE
-from erofsgen.store.spool import Pieces, SpooledBlob
+from erofsgen.store.spool import Spool
 from erofsgen.store.transport import Locate, Location, Refusal, Transport
 
 T = TypeVar("T")
@@ -74,31 +74,33 @@ class RegistryStore(Store):
         self.url = place
         self.scratch = scratch(place)
         self._client = RegistryClient(reference, tls_verify=tls_verify, authfile=authfile, policy=policy)
-        tls = tls_context(reference.host, verify=tls_verify)
-        self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
+        self._policy = policy
+        self._proxy = proxy
+        self._lock = threading.Lock()
+        self._transport: Transport | None = None
 
     @property
     def speed(self) -> Speed | None:  # type: ignore[override]
-        return self._transport.speed
+        return self._transport.speed if self._transport else None
 
     # --- blobs -------------------------------------------------------------------------------------------------------
 
     def size(self, digest: str) -> int | None:
         what = _what(digest)
-        size = self._transport.size(self._locate(f"blobs/{digest}"), what)
-        return self._transport.size(self._locate(f"manifests/{digest}"), what) if size is None else size
+        size = self._reader().size(self._locate(f"blobs/{digest}"), what)
+        return self._reader().size(self._locate(f"manifests/{digest}"), what) if size is None else size
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         what = _what(digest)
         try:
-            self._transport.read_into(self._locate(f"blobs/{digest}"), offset, buffer, what)
+            self._reader().read_into(self._locate(f"blobs/{digest}"), offset, buffer, what)
         except NotFoundError:
             if offset + len(buffer) > DOCUMENT_LIMIT:
                 raise
-            self._transport.read_into(self._locate(f"manifests/{digest}"), offset, buffer, what)
+            self._reader().read_into(self._locate(f"manifests/{digest}"), offset, buffer, what)
 
     def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:
-        return SpooledBlob(self.scratch / "tmp", digest, size, self._upload)
+        return Spool(self.scratch / "tmp", digest, size, self._upload)
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         raise UnsupportedError(f"{self.url}: a registry does not list blobs")
@@ -204,11 +206,19 @@ class RegistryStore(Store):
         )
 
     def close(self) -> None:
-        self._transport.close()
+        if self._transport:
+            self._transport.close()
         self._client.http.close()
         self._client.http.dispose()
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _reader(self) -> Transport:
+        """Made when the API is known: reading whom TLS trusts takes its time, and plain HTTP does without."""
+        with self._lock:
+            if self._transport is None:
+                self._transport = Transport(policy=self._policy, tls=self._client.tls(), proxy=self._proxy)
+            return self._transport
 
     def _locate(self, path: str) -> Locate:
         """Where ``path`` is; what does not let us in is answered with another token."""
@@ -224,9 +234,9 @@ class RegistryStore(Store):
 
         return locate
 
-    def _upload(self, digest: str, size: int, pieces: Pieces) -> None:
+    def _upload(self, digest: str, size: int, spool: Spool) -> None:
         if self.size(digest) != size:
-            self._client.upload(digest, Body(size, pieces))
+            self._client.upload(digest, Body(size, spool.pieces))
 
     def _delete(self, path: str, what: str) -> None:
         if self._client.status("DELETE", path, what, (200, 202, 404, 405)) == 405:

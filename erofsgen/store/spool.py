@@ -12,17 +12,17 @@ from typing import Final
 from erofsgen.errors import IntegrityError, StorageError
 from erofsgen.store.base import BlobWriter
 
-Pieces = Callable[[], Iterator[bytes]]
-"""The blob's bytes, each time from its start."""
-
 _PIECE: Final = 1 << 20
 
 
-class SpooledBlob(BlobWriter):
-    """Collects a blob in ``directory``, then lets ``publish(digest, size, pieces)`` write it where it belongs."""
+class Spool(BlobWriter):
+    """A blob in ``directory``; once it is whole, ``publish(digest, size, spool)`` writes it where it belongs.
+
+    ``digest`` and ``size`` are what was announced.
+    """
 
     def __init__(
-        self, directory: Path, digest: str | None, size: int | None, publish: Callable[[str, int, Pieces], None]
+        self, directory: Path, digest: str | None, size: int | None, publish: Callable[[str, int, Spool], None]
     ) -> None:
         self._directory = directory
         self._announced = digest, size
@@ -31,12 +31,12 @@ class SpooledBlob(BlobWriter):
         self._size = 0
         with self._spooling():
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed when it has been published)
+            self.file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed when it has been published)
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         self._hash.update(data)
         with self._spooling():
-            self._file.write(data)
+            self.file.write(data)
         self._size += memoryview(data).nbytes
 
     def commit(self) -> tuple[str, int]:
@@ -46,14 +46,17 @@ class SpooledBlob(BlobWriter):
             raise IntegrityError(f"blob {found} came instead of {digest}")
         if size not in (None, self._size):
             raise IntegrityError(f"blob {found} is {self._size} bytes, {size} expected")
-        self._publish(found, self._size, self._pieces)
-        self._file.close()
+        with self._spooling():
+            self.file.seek(0)  # and write what is buffered
+        self._publish(found, self._size, self)
+        self.file.close()
         return found, self._size
 
-    def _pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes]:
+        """The blob, each time from its start."""
         with self._spooling():
-            self._file.seek(0)
-            while piece := self._file.read(_PIECE):
+            self.file.seek(0)
+            while piece := self.file.read(_PIECE):
                 yield piece
 
     def __enter__(self) -> BlobWriter:
@@ -61,7 +64,7 @@ class SpooledBlob(BlobWriter):
 
     def __exit__(self, *exc: object) -> None:
         with self._spooling():
-            self._file.close()
+            self.file.close()
 
     @contextmanager
     def _spooling(self) -> Iterator[None]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import subprocess
-import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +16,7 @@ import servers
 
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.pipeline import build_image
+from erofsgen.cli.main import run
 from erofsgen.errors import NotFoundError, RemoteError, UnsupportedError, UsageError
 from erofsgen.oci.images import open_image
 from erofsgen.oci.manifest import OCI_INDEX
@@ -295,17 +294,15 @@ def test_a_password(private, push, tmp_path):
 
 
 @pytest.mark.parametrize(("password", "said"), [("wrong-secret", "credentials"), (None, "skopeo login")])
-def test_no_or_a_wrong_password(private, built, password, said, tmp_path):
+def test_no_or_a_wrong_password(private, built, password, said, tmp_path, capfd):
     authfile = write_auth(tmp_path / "auth.json", private if password else "other", password or "")
     url = f"docker://{private}/team/app?authfile={authfile}"
     for arguments in (
         ["--store", url, "images"],
         ["--store", str(built.directory), "--quiet", "push", "app:1", url],
     ):
-        program = Path(sys.executable).with_name("erofsgen")
-        done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        assert done.returncode == 6
-        error, hint = done.stderr.splitlines()
+        assert run(arguments) == 6
+        error, hint = capfd.readouterr().err.splitlines()
         assert error.startswith("erofsgen: error: ")
         assert private in error
         assert said in hint
