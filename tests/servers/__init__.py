@@ -1,7 +1,7 @@
 """Servers on loopback for tests, each stopped by the context manager that started it.
 
-A real registry and one that misbehaves are offered here; S3 (``ceph``, ``moto``), ``nginx`` and a proxy that makes
-any of them misbehave (``faultproxy``) are modules of their own.
+A real registry and one that misbehaves are offered here; one that also takes what is written (``fullregistry``), S3
+(``ceph``, ``moto``), ``nginx`` and a proxy that makes any of them misbehave (``faultproxy``) are modules of their own.
 """
 
 from __future__ import annotations
