@@ -145,11 +145,12 @@ class Connections:
             self._keep_track(sock)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(route.host, route.port)
-            connection.sock = sock
             if route.tunnel:
                 headers = {"Proxy-Authorization": route.password} if route.password else {}
                 connection.set_tunnel(*route.tunnel, headers=headers)
+                connection.sock = sock
                 connection._tunnel()  # type: ignore[attr-defined]  # what connect() does behind a connected socket
+            connection.sock = sock
             if route.tunnel or route.secure:
                 tls = self._tls or ssl.create_default_context()
                 name = route.tunnel[0] if route.tunnel else route.host
@@ -191,7 +192,8 @@ class Connections:
 def _via(proxy: str, *, absolute: bool) -> Route:
     try:
         parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        port = parts.port or _PORTS[parts.scheme]
+        default = _PORTS[parts.scheme]
+        port = parts.port or default
     except (ValueError, KeyError):
         where = proxy.rpartition("@")[2]
         raise UsageError(f"{where} is not an HTTP proxy", hint="http://HOST:PORT") from None
