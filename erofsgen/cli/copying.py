@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -26,9 +27,11 @@ def destination_of(url: str) -> tuple[str, str | None]:
 def copy(
     settings: Settings, source: Store, destination: Store, names: Sequence[str], new_name: str | None, jobs: int
 ) -> None:
-    """Copy images one by one, and say what was done. Raises UsageError (one new name for several images)."""
-    if new_name is not None and len(names) != 1:
-        raise UsageError(f"{len(names)} images cannot all be called {new_name!r}", hint="copy them one by one")
+    """Copy images one by one, and say what was done. Raises UsageError (one name for several images)."""
+    called = Counter(new_name or destination.called(name) for name in names)
+    name, count = max(called.items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise UsageError(f"{count} images cannot all be called {name!r}", hint="copy them one by one, with --as")
     results: list[CopyResult] = []
     with settings.progress() as progress:
         for name in names:

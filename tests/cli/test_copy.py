@@ -49,6 +49,8 @@ def test_pull_from(sample, erofsgen, tmp_path):
 def test_one_name_is_not_for_several(sample, tmp_path):
     outcome = sample("push", "sample:1", "sample:2", tmp_path / "other", "--as", "x", code=2)
     assert "one by one" in outcome.err
+    twice = sample("copy", sample.store, "docker://localhost:1/team/demo", "a:1", "b:1", code=2)
+    assert "'1'" in twice.err
     assert "--from" in sample("pull", "sample:1", "--as", "x", code=2).err
 
 
