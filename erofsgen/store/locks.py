@@ -141,7 +141,7 @@ class Locks:
         data = self._objects.get(other.key, _LIMIT)
         try:
             holder = msgspec.json.decode(data or b"", type=_Holder)
-            who = printable(f" on {holder.host} (process {holder.pid}) since {holder.since}")
+            who = f" on {printable(holder.host)} (process {holder.pid}) since {printable(holder.since)}"
         except msgspec.MsgspecError:
             who = ""
         return BusyError(

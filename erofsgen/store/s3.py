@@ -35,6 +35,7 @@ from erofsgen.errors import IntegrityError, RemoteError, UsageError
 from erofsgen.oci.patience import Patience, Policy, Transient, printable
 from erofsgen.oci.tls import tls_context
 from erofsgen.store.base import Speed, scratch
+from erofsgen.store.locks import Times
 from erofsgen.store.objects import Object, Objects, ObjectStore
 from erofsgen.store.open import Options
 from erofsgen.store.s3client import S3Client, Settings
@@ -80,7 +81,13 @@ def parse(place: str, options: Options) -> Settings:
 
 
 def open_s3(
-    place: str, options: Options, *, policy: Policy, create: bool = False, proxy: str | None = None
+    place: str,
+    options: Options,
+    *,
+    policy: Policy,
+    create: bool = False,
+    proxy: str | None = None,
+    times: Times | None = None,
 ) -> ObjectStore:
     """The store at ``place``; ``create`` makes the bucket where it is missing. ``proxy``: for reads of ranges.
 
@@ -90,7 +97,8 @@ def open_s3(
     objects = S3Objects(settings, policy=policy, proxy=proxy)
     if create:
         objects.make_bucket()
-    return ObjectStore(place, objects, scratch(f"{objects.endpoint}/{settings.bucket}/{settings.prefix}"))
+    directory = scratch(f"{objects.endpoint}/{settings.bucket}/{settings.prefix}")
+    return ObjectStore(place, objects, directory, times=times)
 
 
 class S3Objects(Objects):

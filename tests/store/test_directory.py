@@ -333,13 +333,6 @@ def test_builders_wait_for_the_collector(store: DirectoryStore, hold):
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(mount_point: Path) -> Path:
-    """A file system of one MiB."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", mount_point], check=True)
-    return mount_point
-
-
 @pytest.mark.mount
 def test_a_full_disk_changes_nothing(small_disk: Path):
     store = DirectoryStore(small_disk / "store")
