@@ -466,7 +466,9 @@ def test_anything_may_happen_but_wrong_bytes(store_dir: Path, tmp_path: Path, se
 
         return change
 
-    sources = [MemorySource([pack], f"tier-{rate}", change=fault(rate)) for rate in (0.6, 0.4, 0.2)]
+    sources = [
+        MemorySource([pack], f"tier-{rate}", change=fault(rate), hedged=True, concurrency=3) for rate in (0.6, 0.4, 0.2)
+    ]
     served = failed = 0
     problems: list[BaseException] = []
 

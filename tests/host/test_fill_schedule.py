@@ -281,8 +281,9 @@ class Machine(RuleBasedStateMachine):
             assert indices(work) == list(range(frames[0].index, frames[0].index + len(frames)))
             assert work.length == sum(int(work.target.toc.sizes[frame.index]) for frame in frames)
             assert work.length <= 60 or len(frames) == 1
-            assert all(frame.wanted for frame in frames)
-            assert all(frame.priority is frames[0].priority for frame in frames)
+            if work.first is None:
+                assert all(frame.wanted for frame in frames)
+                assert all(frame.priority is frames[0].priority for frame in frames)
             self.reads.append(work)
         elif work is not None:
             urgent = [f for f in self.plan.frames(State.FETCHED, State.OPENING) if f.priority is DEMAND]
@@ -301,6 +302,10 @@ class Machine(RuleBasedStateMachine):
 
     def go_on(self, frames: list[Frame], read: Read) -> None:
         for frame in frames:
+            other = self.plan.elsewhere(frame)
+            if other is not None and not other.late:
+                self.plan.expect(frame, other)
+                continue
             self.plan.wait(frame, read.attempt)
             self.waiting.append(frame)
 
@@ -318,6 +323,15 @@ class Machine(RuleBasedStateMachine):
         self.reads.remove(read)
         self.late.append(read)
         self.go_on(self.plan.overtake(read), read)
+
+    @precondition(lambda self: any(read.demand and read.first is None for read in self.reads))
+    @rule(data=st.data())
+    def hedge(self, data: st.DataObject) -> None:
+        read = data.draw(st.sampled_from([read for read in self.reads if read.demand and read.first is None]))
+        held = self.plan.held
+        if self.plan.hedge(read):
+            assert self.plan.runnable()
+            assert self.plan.held - held == read.length * 3
 
     @precondition(lambda self: self.waiting)
     @rule()

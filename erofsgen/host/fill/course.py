@@ -74,6 +74,8 @@ class Course:
         self._watched.discard(read)
         if not read.late:  # or that was said before
             self._blame(read, error)
+        if read.first is not None:  # which is what its frames wait for, and does not have to go on to the same source
+            read.first.attempt = self._tiers.beside(read.first.attempt, read.source, error)
         self._go_on(self._schedule.failed(read), read.attempt, error, settled)
 
     def opened(self, frame: Frame, read: Read, result: int | Bad | ErofsgenError, settled: Settled) -> None:

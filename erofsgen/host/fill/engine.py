@@ -202,9 +202,9 @@ class Engine:
                     self._requests.finish(request, _closed(), settled)
         settle(settled)
         self._alarm.stop()
-        self._prober.stop()
         for source in self._tiers.sources:
             source.close()
+        self._prober.stop()
 
     def waiting(self, priority: Priority) -> int:
         """Frames of this priority that are not on their way yet."""

@@ -83,7 +83,8 @@ class Tiers:
         self._packs: list[set[str] | None] = []  # of each source those it is asked for; None: all
         self._chains: dict[str, tuple[int, ...]] = {}
         self._absent: set[tuple[int, str]] = set()
-        self._gaps: dict[tuple[int, str], int] = {}
+        self._gaps: list[Gap] = []  # that nobody was told of yet
+        self._seen: set[tuple[int, str]] = set()  # gaps that were found, ever
         self._retries = retries
         self._backoff = backoff
         self._clock = clock
@@ -179,8 +180,9 @@ class Tiers:
         self.health[source].bytes += length
         if self._absent:
             for number in self.chain(pack):
-                if (number, pack) in self._absent:
-                    self._gaps.setdefault((number, pack), source)
+                if (number, pack) in self._absent and (number, pack) not in self._seen:
+                    self._seen.add((number, pack))
+                    self._gaps.append(Gap(number, pack, source))
 
     def succeeded(self, source: int, sample: Sample) -> None:
         """A frame from this source was right."""
@@ -210,8 +212,7 @@ class Tiers:
 
     def gaps(self) -> list[Gap]:
         """Packs that sources were found to lack and others to have since this was last asked; each once for ever."""
-        found = [Gap(source, pack, other) for (source, pack), other in self._gaps.items() if other >= 0]
-        self._gaps |= {(gap.source, gap.pack): -1 for gap in found}
+        found, self._gaps = self._gaps, []
         return found
 
     def closed_gap(self, source: int, pack: str) -> None:
