@@ -15,7 +15,7 @@ from typing import IO, Final, NamedTuple
 
 import msgspec
 
-from erofsgen.errors import FormatError, NotFoundError
+from erofsgen.errors import FormatError, NotFoundError, UsageError
 from erofsgen.store import keys
 from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store
 from erofsgen.store.locks import Locks, Times
@@ -39,6 +39,8 @@ class Objects(ABC):
     place itself does not exist."""
 
     speed: Speed | None = None
+    key_limit: int
+    """Bytes that a key may have at most."""
 
     @abstractmethod
     def get(self, key: str, limit: int) -> bytes | None:
@@ -123,6 +125,10 @@ class ObjectStore(Store):
             return msgspec.json.decode(data, type=Descriptor)
         except msgspec.MsgspecError as error:
             raise FormatError(f"{self.url}: {key}: {error}") from None
+
+    def check_name(self, name: str) -> None:
+        if len(keys.reference(name)) > self._objects.key_limit:
+            raise UsageError(f"{self.url}: the name is too long: {name[:40]}…", hint="choose a shorter one")
 
     def tag(self, name: str, manifest: Descriptor) -> None:
         self._locks.check()

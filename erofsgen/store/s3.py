@@ -44,6 +44,8 @@ from erofsgen.store.transport import Location, Refusal, Transport, s3_error
 
 T = TypeVar("T")
 
+_KEY: Final = 1024
+"""Bytes of a key at most, whoever serves it."""
 _PART: Final = 16 << 20
 _UPLOAD: Final = TransferConfig(
     multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=8, preferred_transfer_client="classic"
@@ -107,6 +109,7 @@ class S3Objects(Objects):
     def __init__(self, settings: Settings, *, policy: Policy, proxy: str | None = None) -> None:
         self._settings = settings
         self._policy = policy
+        self.key_limit = _KEY - len(settings.prefix.encode())
         self._payer = {"RequestPayer": "requester"} if settings.requester_pays else {}
         self._encryption = _encryption(settings.encryption)
         self._client = S3Client(settings, policy)

@@ -24,6 +24,8 @@ QUICK = Times(poll=0.005, settle=0.2)
 class Memory(Objects):
     """Objects in memory, with a clock of their own, that can be made to fail."""
 
+    key_limit = 1000
+
     def __init__(self) -> None:
         self.now = 1000.0
         self.fails = False
