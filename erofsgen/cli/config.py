@@ -25,7 +25,7 @@ command.params.extend(shared_options(json=True))
 @verb(json=True, name="check")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--offline", is_flag=True, help="Only read the file; try no tier.")
-def check(settings: Settings, file: Path | None, offline: bool) -> int:
+def check(settings: Settings, file: Path | None, offline: bool) -> None:
     """Check the configuration and try its tiers.
 
     Every tier is asked for a blob that does not exist, a proxy on behalf of a store that it stands for. Exits with the
@@ -38,7 +38,7 @@ def check(settings: Settings, file: Path | None, offline: bool) -> int:
     config = load(file)
     tried = [] if offline else try_all(config)
     if settings.json:
-        output.document({**_facts(config), "tried": tried})
+        output.document({**_facts(config), "tried": [_told(one) for one in tried]})
     elif offline:
         _print(config)
     else:
@@ -46,7 +46,9 @@ def check(settings: Settings, file: Path | None, offline: bool) -> int:
             ["TIER", "LEVEL", "URL", "STATE"],
             [(one.name, str(one.level or "-"), output.printable(one.url), _state(one)) for one in tried],
         )
-    return next((one.code for one in tried if one.code), 0)
+    for one in tried:
+        if one.error is not None:
+            raise type(one.error)(f"{one.name}: {one.error}", hint=one.error.hint)
 
 
 @verb(json=True, name="show")
@@ -91,7 +93,17 @@ def _print(config: Config) -> None:
     output.table(["TIER", "LEVEL", "URL", "FOR", "WEIGHT", "TIMEOUT", "AT A TIME", "ALSO"], rows)
 
 
+def _told(tried: Tried) -> dict[str, object]:
+    return {
+        "name": tried.name,
+        "level": tried.level,
+        "url": tried.url,
+        "latency": tried.latency,
+        "error": None if tried.error is None else str(tried.error),
+    }
+
+
 def _state(tried: Tried) -> str:
     from erofsgen.cli import output
 
-    return f"ok, {1000 * tried.latency:.1f} ms" if tried.error is None else output.one_line(tried.error)
+    return f"ok, {1000 * tried.latency:.1f} ms" if tried.error is None else output.one_line(str(tried.error))

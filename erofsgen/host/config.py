@@ -153,7 +153,7 @@ def _explain(message: str) -> str:
     if unknown:
         text = f"unknown key {unknown[1]!a}; there are {', '.join(kind.__struct_encode_fields__)}"
     text = text.replace("Object missing required field", "lacks the key").replace("Expected", "expected")
-    text = text.replace("`array`", "an array").replace("`object`", "a table")
+    text = text.replace(" | null`", "`").replace("`array`", "an array").replace("`object`", "a table")
     return f"{key}: {text}" if key else text
 
 

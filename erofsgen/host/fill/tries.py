@@ -5,27 +5,27 @@ from __future__ import annotations
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
 from urllib.parse import urlsplit
-
-import msgspec
 
 from erofsgen.errors import ErofsgenError, RemoteError
 from erofsgen.host.config import Config, Tier
 from erofsgen.store.open import open_store
 
-_NO_BLOB = "sha256:" + "0" * 64
-_PORTS = {"http": 80, "https": 443}
+_NO_BLOB: Final = "sha256:" + "0" * 64
+_PORTS: Final = {"http": 80, "https": 443}
 
 
-class Tried(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of it. ``latency`` in seconds; ``code`` is the exit code of the error, 0 without one."""
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of it. ``latency`` in seconds, until the answer or the error."""
 
     name: str
     level: int | None
     url: str
     latency: float
-    error: str | None
-    code: int
+    error: ErofsgenError | None
 
 
 def try_all(config: Config) -> list[Tried]:
@@ -62,11 +62,7 @@ def _try(name: str, level: int | None, url: str, store: str | None, timeout: flo
                 opened.close()
     except ErofsgenError as raised:
         error = raised
-    latency = time.monotonic() - began
-    said = None if error is None else str(error)
-    return Tried(
-        name=name, level=level, url=url, latency=latency, error=said, code=0 if error is None else error.exit_code
-    )
+    return Tried(name, level, url, time.monotonic() - began, error)
 
 
 def _connect(url: str, timeout: float) -> None:
