@@ -155,6 +155,9 @@ class Store(ABC):
         Raises BusyError (builders that were there have not ended after ``wait`` seconds).
         """
 
+    def doubt(self) -> None:  # noqa: B027  (most learn nothing)
+        """Bytes were not what their digest says: forget what was learnt of where to read them."""
+
     def close(self) -> None:  # noqa: B027  (most have nothing to close)
         """Let go of connections."""
 

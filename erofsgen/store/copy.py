@@ -78,9 +78,11 @@ def copy_image(
 
 
 class Readable(Protocol):
-    """Where blobs can be read, as :meth:`Store.read_into` says."""
+    """Where blobs can be read, as :class:`Store` says."""
 
     def read_into(self, digest: str, offset: int, buffer: memoryview, /) -> None: ...
+
+    def doubt(self) -> None: ...
 
 
 def copy_blob(source: Readable, destination: Store, digest: str, size: int) -> None:
@@ -106,6 +108,7 @@ def _copy_blob(
             task.advance(-done)
             if last:
                 raise
+            source.doubt()
 
 
 def _pieces(source: Readable, digest: str, size: int, readers: ThreadPoolExecutor) -> Iterator[memoryview]:

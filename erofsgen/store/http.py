@@ -105,6 +105,9 @@ class HttpStore(Store):
     def collecting(self, *, wait: float = 0.0) -> AbstractContextManager[None]:  # noqa: ARG002
         raise self._cannot("cannot be written to")
 
+    def doubt(self) -> None:
+        self._transport.doubt()
+
     def close(self) -> None:
         self._transport.close()
 

@@ -75,6 +75,9 @@ class Objects(ABC):
         """Drop what writers that crashed have left of objects whose keys begin with ``prefix``. Nobody may be writing
         any."""
 
+    def doubt(self) -> None:  # noqa: B027  (most learn nothing)
+        """As :meth:`.base.Store.doubt`."""
+
     @abstractmethod
     def close(self) -> None:
         """Let go of connections."""
@@ -162,6 +165,9 @@ class ObjectStore(Store):
         with self._locks.collecting(wait):
             self._objects.sweep(keys.BLOBS)  # nobody is building: whoever began those is gone
             yield
+
+    def doubt(self) -> None:
+        self._objects.doubt()
 
     def close(self) -> None:
         self._objects.close()

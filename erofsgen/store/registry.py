@@ -205,6 +205,10 @@ class RegistryStore(Store):
             f"{self.url}: a registry collects its garbage itself", hint="see its own documentation for how and when"
         )
 
+    def doubt(self) -> None:
+        if self._transport:
+            self._transport.doubt()
+
     def close(self) -> None:
         if self._transport:
             self._transport.close()

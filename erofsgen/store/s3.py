@@ -212,6 +212,9 @@ class S3Objects(Objects):
 
         self._ask(prefix, abort)
 
+    def doubt(self) -> None:
+        self._transport.doubt()
+
     def close(self) -> None:
         self._transport.close()
         self._client.close()

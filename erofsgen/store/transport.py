@@ -108,6 +108,11 @@ class Transport:
         except NotFoundError:
             return None
 
+    def doubt(self) -> None:
+        """Forget where redirects led: what came from there was wrong."""
+        with self._lock:
+            self._moved.clear()
+
     def close(self) -> None:
         """Break what is running; later reads fail."""
         self.stop.set()

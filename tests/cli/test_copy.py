@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from servers import docker_registry
 
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
@@ -83,3 +85,41 @@ def test_damage_is_not_passed_on(sample, tmp_path, damage):
     assert copied.references() == {}
     assert copied.size(image.packs[0].digest) is None
     assert list(Path(other, "erofsgen", "tmp").iterdir()) == []
+
+
+@pytest.mark.mount
+def test_a_full_disk_and_what_follows(sample, mount_point, require_root):
+    """The copy fails in one line, no name is there; with more room it goes on."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96K", "none", mount_point], check=True)
+    outcome = sample("copy", sample.store, mount_point, "sample:1", code=7)
+    assert "No space left on device" in outcome.err
+    assert "hint: free some space" in outcome.err
+    assert DirectoryStore(mount_point, create=False).references() == {}
+    subprocess.run(["mount", "-o", "remount,size=64M", mount_point], check=True)
+    sample("copy", sample.store, mount_point, "sample:1")
+    assert sample("--store", mount_point, "check").code == 0
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("kind", ["s3", "registry"])
+def test_two_hosts_push_the_same_image(sample, kind, request, tmp_path, monkeypatch):
+    """Both succeed, and what is there is right."""
+    if kind == "s3":
+        server = request.getfixturevalue("s3_server")
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{server.bucket()}"
+    else:
+        url = f"docker://{request.getfixturevalue('registry')}/team/sample"
+    pushes = [sample.process("push", "sample:1", url) for _ in range(2)]
+    for push in pushes:
+        _, said = push.communicate(timeout=60)
+        assert push.returncode == 0, said
+    sample("--store", url, "check")
+    assert len(sample("--store", url, "images", "--json").json) == 1
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with docker_registry(tmp_path / "registry") as address:
+        yield address

@@ -66,3 +66,6 @@ class _Unhurried:
         while self._engine.waiting(Priority.DEMAND):
             time.sleep(_YIELD)
         self._source.read_into(digest, offset, buffer)
+
+    def doubt(self) -> None:
+        self._source.doubt()

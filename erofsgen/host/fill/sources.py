@@ -51,6 +51,9 @@ class Source(ABC):
         Called by several threads at once. It must come back some day: threads cannot be interrupted.
         """
 
+    def doubt(self) -> None:  # noqa: B027  (most learn nothing)
+        """Bytes that it brought were wrong."""
+
     def close(self) -> None:  # noqa: B027  (most have nothing to close)
         """Let go of connections; nobody reads any more."""
 
@@ -68,6 +71,9 @@ class StoreSource(Source):
 
     def read_into(self, digest: str, offset: int, buffer: memoryview, /) -> None:
         self._store.read_into(digest, offset, buffer)
+
+    def doubt(self) -> None:
+        self._store.doubt()
 
 
 class UrlSource(Source):
@@ -119,6 +125,10 @@ class UrlSource(Source):
                 except NotFoundError as error:  # a store that is not there does not lack this blob alone
                     raise RemoteError(str(error), hint=error.hint) from error
             return self._store
+
+    def doubt(self) -> None:
+        if self._store is not None:
+            self._store.doubt()
 
     def close(self) -> None:
         with self._lock:

@@ -201,6 +201,7 @@ class Tiers:
     def bad(self, source: int, error: FormatError, sample: Sample) -> None:
         """A frame from this source was not what it should be."""
         self.health[source].bad += 1
+        self.sources[source].doubt()
         self._fell(source, error, sample)
 
     def probed(self, source: int, error: BaseException | None) -> None:
