@@ -24,11 +24,11 @@ def daemon_options(function: F) -> F:
             help="Seconds that a read may wait.",
         ),
         click.option(
-            "--read-ahead", type=Size(), metavar="SIZE", default="32M", show_default=True,
+            "--read-ahead", type=Size(), metavar="SIZE", default="64M", show_default=True,
             help="Brought ahead of large reads.",
         ),
         click.option(
-            "--memory", type=Size(), metavar="SIZE", default="64M", show_default=True,
+            "--memory", type=Size(), metavar="SIZE", default="48M", show_default=True,
             help="Bytes in flight at a time.",
         ),
         click.option(

@@ -225,7 +225,7 @@ def test_status_says_what_went_wrong_and_how_long_reads_take(pack: Pack, target:
 
 def test_reads_of_the_background_are_sized_by_speed(store_dir: Path, tmp_path: Path) -> None:
     class Measured(MemorySource):
-        speed = Speed(0.01, 50 << 20)  # type: ignore[assignment]  # a quarter of a read of 1.5 MiB is latency
+        speed = Speed(0.06, 50 << 20)  # type: ignore[assignment]  # 1.5 MiB come in half of the latency
 
     pack = make_pack(DirectoryStore(store_dir), [64] * 32, raw=True)
     target = FileTarget(tmp_path, pack)

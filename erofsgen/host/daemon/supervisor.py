@@ -439,7 +439,7 @@ def main() -> None:
     parser.add_argument("--root", required=True)
     parser.add_argument("--plane", default="fanotify")
     parser.add_argument("--deadline", type=float, default=30.0)
-    parser.add_argument("--read-ahead", type=int, default=32 << 20)
+    parser.add_argument("--read-ahead", type=int, default=64 << 20)
     parser.add_argument("--plane-option", action="append", default=[])
     parser.add_argument("--inherit", default="")
     parser.add_argument("--detach", action="store_true")

@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=48)
-    parser.add_argument("--memory", type=int, default=64 << 20)
+    parser.add_argument("--memory", type=int, default=48 << 20)
     parser.add_argument("--complete-at", type=float, default=0.75)
     parser.add_argument("--scrub", type=int, default=0)
     parser.add_argument("channel", type=int)
