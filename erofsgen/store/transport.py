@@ -16,7 +16,7 @@ import string
 import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, TypeVar
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
@@ -101,12 +101,16 @@ class Transport:
         """All of ``what``, at most ``limit`` bytes. Raises NotFoundError, RemoteError."""
         return self._patiently(lambda: self._read_all(locate, limit, what))
 
-    def size(self, locate: Locate, what: str) -> int | None:
-        """Bytes of ``what``, None where there is none. Raises RemoteError."""
-        try:
-            return self._patiently(lambda: self._head(locate, what))
-        except NotFoundError:
+    def size(self, locate: Locate, what: str, *others: Locate) -> int | None:
+        """Bytes of ``what``, which may be in ``others`` places, too; None where there is none. Raises RemoteError."""
+
+        def attempt() -> int | None:
+            for place in (locate, *others):
+                with suppress(NotFoundError):
+                    return self._head(place, what)
             return None
+
+        return self._patiently(attempt)
 
     def doubt(self) -> None:
         """Forget where redirects led: what came from there was wrong."""
