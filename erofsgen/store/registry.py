@@ -86,9 +86,10 @@ class RegistryStore(Store):
     # --- blobs -------------------------------------------------------------------------------------------------------
 
     def size(self, digest: str) -> int | None:
+        what = _what(digest)
         # Tried again from the start: asked for a large blob that came in between as a manifest, registries answer 500
         places = (self._locate(f"{kind}/{digest}") for kind in ("blobs", "manifests"))
-        return self._reader().size(next(places), _what(digest), *places)
+        return self._reader().size(next(places), what, *places)
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
         what = _what(digest)
