@@ -34,6 +34,7 @@ vmtest-all: setup ## Run the kernel tests on every kernel and write docs/conform
 	@vmtests/run --all $(ARGS)
 
 bench: setup ## Run every benchmark (makes a 2 GB image the first time); ARGS=--quick for a smoke run
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' </dev/null
 	@for script in $(BENCHES); do $(VENV)/bin/python "$$script" $(ARGS) || exit; done
 
 clean: ## Unmount what was left mounted, remove .cache, .venv and tool caches

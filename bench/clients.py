@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -190,7 +189,3 @@ def cost(get: Get, size: int, length: int, count: int, threads: int) -> Cost:
         seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime - usage.ru_utime + after.ru_stime - usage.ru_stime
     return Cost(seconds / count, cpu / count)
-
-
-def have_curl() -> bool:
-    return shutil.which("curl") is not None

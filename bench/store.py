@@ -49,8 +49,6 @@ class StoreBench(Bench):
         self.size = 64 if self.quick else 512
         self.memory: list[int] = []
         self._servers = ExitStack()
-        self._place: Place | None = None
-        self._digest = ""
 
     def __enter__(self) -> StoreBench:
         server = self._servers.enter_context(clients.s3_service(self.work / "ceph"))
@@ -130,9 +128,8 @@ def distant(bench: StoreBench) -> None:
             sides = {
                 "lazy mount": lambda: bench.cold(proxy.url),
                 "curl, 16 ranges of 4 MiB at a time": lambda: timed(lambda: clients.curl(place, 16, 4 * MIB)),
+                "boto3, one connection, one request": lambda: timed(lambda: clients.boto3_stream(place)),
             }
-            if bench.rounds <= 3:
-                sides["boto3, one connection, one request"] = lambda: timed(lambda: clients.boto3_stream(place))
             seconds = alternate(min(bench.rounds, 3), sides)
             for name, series in seconds.items():
                 bench.note(f"{latency * 1000:.0f} ms: {name} (ideal {ideal:.2f})", series, "s")

@@ -27,6 +27,7 @@ from typing import Final
 import msgspec
 
 from erofsgen.errors import FormatError, NotFoundError, RemoteError, StorageError
+from erofsgen.oci.basic import basic
 from erofsgen.oci.reference import DEFAULT_REGISTRY
 
 _DOCKER_HUB: Final = "https://index.docker.io/v1/"
@@ -51,7 +52,7 @@ class Credentials:
         """The value of a Basic ``Authorization`` header, None without a user name."""
         if not self.username:
             return None
-        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+        return basic(self.username, self.password)
 
 
 class _Auth(msgspec.Struct):

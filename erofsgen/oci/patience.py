@@ -7,9 +7,13 @@ import random
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from erofsgen.errors import RemoteError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,19 @@ class Patience:
             wait *= random.uniform(0.5, 1.0)  # so that many hosts do not come back at once
         if self._stop.wait(wait):
             raise RemoteError("the download was given up") from failure
+
+
+def patiently(policy: Policy, stop: threading.Event, attempt: Callable[[], T]) -> T:
+    """What ``attempt`` returns, made again when it raises :class:`Transient`, as often as the policy allows.
+
+    Raises RemoteError, see :meth:`Patience.pause`, and what ``attempt`` raises.
+    """
+    patience = Patience(policy, stop)
+    while True:
+        try:
+            return attempt()
+        except Transient as failure:
+            patience.pause(failure)
 
 
 def retry_after(value: str) -> float | None:

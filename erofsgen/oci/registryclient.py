@@ -28,7 +28,7 @@ from erofsgen.oci.manifest import (
     Descriptor,
     parse,
 )
-from erofsgen.oci.patience import Patience, Policy, Transient
+from erofsgen.oci.patience import Policy, Transient, patiently
 from erofsgen.oci.reference import Reference, is_digest, is_loopback
 
 T = TypeVar("T")
@@ -239,12 +239,7 @@ class RegistryClient:
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         """As many attempts as the policy allows."""
-        patience = Patience(self.http.policy, self.http.stop)
-        while True:
-            try:
-                return attempt()
-            except Transient as error:
-                patience.pause(error)
+        return patiently(self.http.policy, self.http.stop, attempt)
 
     @contextmanager
     def _elsewhere(self, url: str, what: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:

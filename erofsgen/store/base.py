@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
+
+from erofsgen.errors import FormatError
 
 
 class Descriptor(
@@ -23,6 +25,18 @@ class Descriptor(
     size: int
     annotations: dict[str, str] = {}
     artifact_type: str | None = None
+
+
+DESCRIPTOR_LIMIT: Final = 1 << 20
+"""Bytes of a descriptor that stands alone at most."""
+
+
+def parse_descriptor(data: bytes, what: str) -> Descriptor:
+    """A descriptor that stands alone, as object stores keep references. Raises FormatError naming ``what``."""
+    try:
+        return msgspec.json.decode(data, type=Descriptor)
+    except msgspec.MsgspecError as error:
+        raise FormatError(f"{what}: {error}") from None
 
 
 class Speed(NamedTuple):

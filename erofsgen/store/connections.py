@@ -17,13 +17,13 @@ import time
 import urllib.parse
 import urllib.request
 import weakref
-from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 from urllib.parse import SplitResult
 
 from erofsgen.errors import UsageError
+from erofsgen.oci.basic import basic
 from erofsgen.oci.reference import is_loopback
 
 _IDLE: Final = 20.0
@@ -66,6 +66,7 @@ class Connections:
         self._sources = sources or [""]
         self._turn = itertools.count()
         self._lock = threading.Lock()
+        self._routes: dict[tuple[str, str], Route] = {}  # asking the environment for each request takes its time
         self._idle: dict[Route, list[tuple[float, Connection]]] = {}
         self._addresses: dict[tuple[str, int], tuple[float, list[str]]] = {}
         self._open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -73,6 +74,13 @@ class Connections:
 
     def route(self, url: SplitResult) -> Route:
         """How ``url`` is reached. Raises UsageError for a proxy that is none."""
+        server = url.scheme, url.netloc
+        route = self._routes.get(server)
+        if route is None:
+            route = self._routes[server] = self._find_route(url)
+        return route
+
+    def _find_route(self, url: SplitResult) -> Route:
         host, port = url.hostname or "", url.port or _PORTS[url.scheme]
         secure = url.scheme == "https"
         if self._proxy:
@@ -199,8 +207,7 @@ def _via(proxy: str, *, absolute: bool) -> Route:
         raise UsageError(f"{where} is not an HTTP proxy", hint="http://HOST:PORT") from None
     password = None
     if parts.username is not None:
-        user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        password = f"Basic {b64encode(user.encode()).decode()}"
+        password = basic(urllib.parse.unquote(parts.username), urllib.parse.unquote(parts.password or ""))
     return Route(parts.scheme == "https", parts.hostname or "", port, absolute=absolute, password=password)
 
 

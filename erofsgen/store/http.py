@@ -9,23 +9,18 @@ from __future__ import annotations
 import netrc
 import os
 import string
-from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import Final
 from urllib.parse import quote, urlsplit
 
-import msgspec
-
-from erofsgen.errors import FormatError, NotFoundError, UnsupportedError, UsageError
+from erofsgen.errors import NotFoundError, UnsupportedError, UsageError
+from erofsgen.oci.basic import basic
 from erofsgen.oci.patience import Policy
 from erofsgen.oci.tls import tls_context
 from erofsgen.store import keys, layout
-from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store, scratch
+from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store, parse_descriptor, scratch
 from erofsgen.store.manifest import MANIFEST_LIMIT
 from erofsgen.store.transport import Locate, Location, Transport
-
-_DESCRIPTOR_LIMIT: Final = 1 << 20
 
 
 class HttpStore(Store):
@@ -64,13 +59,10 @@ class HttpStore(Store):
         with suppress(UnsupportedError):
             return self.references().get(name)
         try:
-            data = self._transport.get(self._locate(keys.reference(name)), _DESCRIPTOR_LIMIT, f"image {name!r}")
+            data = self._transport.get(self._locate(keys.reference(name)), DESCRIPTOR_LIMIT, f"image {name!r}")
         except NotFoundError:
             return None
-        try:
-            return msgspec.json.decode(data, type=Descriptor)
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{self._base}{keys.reference(name)}: {error}") from None
+        return parse_descriptor(data, f"{self._base}{keys.reference(name)}")
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         raise self._cannot("does not list blobs")
@@ -142,4 +134,4 @@ def _credentials(host: str) -> Mapping[str, str]:
     if found is None:
         return {}
     login, _, password = found
-    return {"Authorization": f"Basic {b64encode(f'{login}:{password}'.encode()).decode()}"}
+    return {"Authorization": basic(login, password)}

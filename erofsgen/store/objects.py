@@ -15,13 +15,12 @@ from typing import IO, Final, NamedTuple
 
 import msgspec
 
-from erofsgen.errors import FormatError, NotFoundError, UsageError
+from erofsgen.errors import NotFoundError, UsageError
 from erofsgen.store import keys
-from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store
+from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store, parse_descriptor
 from erofsgen.store.locks import Locks, Times
 from erofsgen.store.spool import Spool
 
-_DESCRIPTOR_LIMIT: Final = 1 << 20
 _RECORD_LIMIT: Final = 1 << 30
 _THREADS: Final = 8
 
@@ -121,13 +120,8 @@ class ObjectStore(Store):
 
     def reference(self, name: str) -> Descriptor | None:
         key = keys.reference(name)
-        data = self._objects.get(key, _DESCRIPTOR_LIMIT)
-        if data is None:
-            return None
-        try:
-            return msgspec.json.decode(data, type=Descriptor)
-        except msgspec.MsgspecError as error:
-            raise FormatError(f"{self.url}: {key}: {error}") from None
+        data = self._objects.get(key, DESCRIPTOR_LIMIT)
+        return None if data is None else parse_descriptor(data, f"{self.url}: {key}")
 
     def check_name(self, name: str) -> None:
         if len(keys.reference(name)) > self._objects.key_limit:

@@ -26,13 +26,14 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import IO, Any, Final, TypeVar
 
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from erofsgen.errors import IntegrityError, RemoteError, UsageError
-from erofsgen.oci.patience import Patience, Policy, Transient, printable
+from erofsgen.oci.patience import Policy, Transient, patiently, printable
 from erofsgen.oci.tls import tls_context
 from erofsgen.store.base import Speed, scratch
 from erofsgen.store.locks import Times
@@ -225,13 +226,8 @@ class S3Objects(Objects):
         if self._settings.client == "http":
             self._transport.read_into(lambda refusal: self._locate(key, refusal), offset, buffer, what)
         elif len(buffer):
-            patience = Patience(self._policy, self._transport.stop)
-            while True:
-                try:
-                    self._read_with_boto3(key, offset, buffer, what)
-                    return
-                except Transient as failure:
-                    patience.pause(failure)
+            attempt = partial(self._read_with_boto3, key, offset, buffer, what)
+            patiently(self._policy, self._transport.stop, attempt)
 
     def _read_with_boto3(self, key: str, offset: int, buffer: memoryview, what: str) -> None:
         where, end = self._where(what), offset + len(buffer)

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, TypeVar
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from erofsgen.errors import ErofsgenError, IntegrityError, NotFoundError, RemoteError
-from erofsgen.oci.patience import Patience, Policy, Transient, printable, retry_after
+from erofsgen.oci.patience import Policy, Transient, patiently, printable, retry_after
 from erofsgen.store.answers import Answer, ask, host_of, translated
 from erofsgen.store.base import Speed
 from erofsgen.store.connections import Connections
@@ -123,12 +123,7 @@ class Transport:
         self._connections.close()
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
-        patience = Patience(self.policy, self.stop)
-        while True:
-            try:
-                return attempt()
-            except Transient as failure:
-                patience.pause(failure)
+        return patiently(self.policy, self.stop, attempt)
 
     # --- one attempt -------------------------------------------------------------------------------------------------
 

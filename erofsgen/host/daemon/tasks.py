@@ -68,8 +68,8 @@ class Tasks:
         image = worker.cache.image(str(command["image"]), "")
         worker.add_stores(image)
         store = None
-        with suppress(ErofsgenError):  # all may be here
-            store = next((open_store(url) for url in image.stores), None)
+        with suppress(ErofsgenError):  # all may be here; of others nothing can be taken over
+            store = next((open_store(url) for url in image.stores if "://" not in url), None)
         with worker.wanting([pack.hex for pack in image.packs]) as files:
             for pack, file in zip(image.packs, files, strict=True):
                 take_over(worker.cache, pack, file, store)
