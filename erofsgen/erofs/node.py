@@ -179,6 +179,11 @@ class Node:
         extents = self._extents() if stat.S_ISREG(self.mode) else []
         return [] if self.layout != fmt.CHUNK_BASED and self._all_here(extents) else extents
 
+    @property
+    def chunk_size(self) -> int | None:
+        """Bytes of one chunk of a regular file; None where it has no chunks."""
+        return 1 << self._chunk_bits if self.layout == fmt.CHUNK_BASED else None
+
     def inline(self) -> bytes | None:
         """The whole content of a regular file, where the image itself holds it, else None; None for empty files."""
         if not stat.S_ISREG(self.mode) or not self.size or self.layout == fmt.CHUNK_BASED:
