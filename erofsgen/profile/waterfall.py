@@ -93,7 +93,8 @@ class Row:
 @dataclass(frozen=True)
 class Waterfall:
     """A picture. ``rows`` are in the order of their first marks. ``arrivals``: an array of
-    :data:`~erofsgen.profile.trace.BROUGHT` by time. ``facts`` are pairs of words and values, ``tables`` say more."""
+    :data:`~erofsgen.profile.trace.BROUGHT` by time. ``facts`` are pairs of words and values, ``tables`` say more,
+    ``summary`` is short: a few lines."""
 
     title: str
     run: bool
@@ -105,6 +106,7 @@ class Waterfall:
     arrivals: npt.NDArray[np.void]
     facts: Sequence[tuple[str, str]]
     tables: Sequence[Table]
+    summary: Sequence[str]
 
     @cached_property
     def last(self) -> float:
@@ -142,6 +144,7 @@ def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> 
         arrivals=trace.brought[np.argsort(trace.brought["at"], kind="stable")],
         facts=_facts(trace, sums),
         tables=_tables(sums),
+        summary=_summary(sums),
     )
 
 
@@ -168,7 +171,22 @@ def of_profile(profile: Profile, chunks: Chunks | None, *, title: str, limit: in
         arrivals=np.zeros(0, BROUGHT),
         facts=profile_facts(profile),
         tables=(),
+        summary=[", ".join(f"{word} {value}" for word, value in profile_facts(profile)[1:])],
     )
+
+
+def arrivals(
+    waterfall: Waterfall, end: float, bins: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+    """Prefetched bytes in each of ``bins`` equal parts of the time up to ``end`` (milliseconds): those that were used,
+    those that were not, and the most of both together."""
+    rows = waterfall.arrivals[waterfall.arrivals["at"] <= end]
+    place = np.minimum((rows["at"] * (bins / end)).astype(np.int64), bins - 1)
+    used, unused = (
+        np.bincount(place[which], rows["length"][which], bins).astype(np.float64)
+        for which in (rows["used"], ~rows["used"])
+    )
+    return used, unused, max(int((used + unused).max()), 1)
 
 
 def files_of(profile: Profile, chunks: Chunks | None) -> npt.NDArray[np.int64]:
@@ -218,6 +236,19 @@ def _facts(trace: Trace, sums: Totals) -> list[tuple[str, str]]:
         ("prefetched", f"{text.size(sums.prefetched)}; {sums.prefetched_touches:,} reads met it"),
         ("of it not used", f"{text.size(sums.unused)} ({text.share(sums.unused, sums.prefetched)})"),
     ]
+
+
+def _summary(sums: Totals) -> list[str]:
+    waited = f"{sums.misses:,} of them, {text.size(sums.missed)}, were waited for, {sums.waited:.3f} s in all"
+    lines = [f"{sums.touches:,} reads of {text.size(sums.touched)}; {waited}"]
+    if sums.prefetched:
+        reasons = ", ".join(
+            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.bytes - one.used_bytes, one.bytes)})"
+            for one in sums.reasons
+        )
+        waste = text.share(sums.unused, sums.prefetched)
+        lines.append(f"{text.size(sums.prefetched)} prefetched, {waste} of it not used: {reasons}")
+    return lines
 
 
 def _tables(sums: Totals) -> list[Table]:
