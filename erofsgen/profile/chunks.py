@@ -68,6 +68,20 @@ class Chunks:
             first += 1
         return range(first, last)
 
+    def touched_many(
+        self, devices: npt.NDArray[np.int64], offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """:meth:`touched` of many ranges: the numbers of their chunks, one range's behind another's, and whose each is.
+
+        ``lengths`` are positive.
+        """
+        ranges = [
+            self.touched(*each) for each in zip(devices.tolist(), offsets.tolist(), lengths.tolist(), strict=True)
+        ]
+        counts = np.fromiter(map(len, ranges), np.int64, len(ranges))
+        numbers = np.fromiter((number for each in ranges for number in each), np.int64, int(counts.sum()))
+        return numbers, np.repeat(np.arange(len(ranges)), counts)
+
     def _reaches(self, number: int, device: int, offset: int) -> bool:
         chunk = self.table[number]
         return bool(chunk["device"] == device and int(chunk["block"]) * BLOCK + int(chunk["length"]) > offset)
