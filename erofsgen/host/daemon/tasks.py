@@ -57,7 +57,7 @@ class Tasks:
             except ErofsgenError as error:
                 reply = {"error": str(error), "kind": type(error).__name__, "hint": error.hint}
             except Exception as error:
-                _logger.exception("%s", command)
+                _logger.exception("%s", command, extra={"command": command})
                 reply = {"error": f"{type(error).__name__}: {error}", "kind": "ErofsgenError", "hint": None}
             with suppress(OSError):
                 client.sendall(json.dumps(reply).encode() + b"\n")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
+from erofsgen.host import logs
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("channel", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     try:
         end = socket.socket(fileno=options.channel)
         end.set_inheritable(False)
