@@ -88,7 +88,7 @@ class Tasks:
         return verify(packs_of(worker.images()), worker.opened, worker.engine if command["repair"] else None, progress)
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
-        return {"engine": self._worker.engine.stats()}
+        return self._worker.status()
 
 
 class _Progress:
