@@ -11,6 +11,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,9 +238,8 @@ def test_the_daemon_wants_an_address(sample):
 
 def test_a_socket_in_use_and_one_that_was_left(tmp_path: Path):
     address = Address.parse(f"unix:{tmp_path}/s")
-    with address.listen():
-        with pytest.raises(BusyError):
-            address.listen()
+    with address.listen(), pytest.raises(BusyError):
+        address.listen()
     address.listen().close()
     os.unlink(address.path)
     Path(address.path).write_text("precious")
@@ -265,10 +265,8 @@ def test_a_full_queue_is_somebody_who_listens(tmp_path: Path):
         waiting = [socket.socket(socket.AF_UNIX) for _ in range(4)]
         for client in waiting:
             client.setblocking(False)
-            try:
+            with suppress(BlockingIOError):
                 client.connect(address.path)
-            except BlockingIOError:
-                pass
         with pytest.raises(BusyError):
             address.listen()
         for client in waiting:
