@@ -152,7 +152,7 @@ class Plane:
             pack = MarkedPack(path, self._read_ahead)
             pack.descriptor = os.dup(descriptor)
         except ErofsgenError as error:
-            _logger.error("%s: reads fail: %s", path, error)
+            _logger.error("%s: reads fail: %s", path, error, extra={"pack": path.stem})
             return None
         self._packs[pack.inode] = pack
         return pack

@@ -204,7 +204,7 @@ class Plane:
             pack.look()
             ready = pack.truly_ready(message.offset, message.length)
         except (ErofsgenError, OSError) as error:
-            self._supervisor.failed(f"pack {pack.hex}: {error}")
+            self._supervisor.failed(f"pack {pack.hex}: {error}", pack.hex)
             self._device.complete(pack.descriptor, message.message)
             return
         if ready:

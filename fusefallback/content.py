@@ -130,7 +130,8 @@ class Content:
                     joined[at : at + piece.length] = await self._read(piece)
                 at += piece.length
         except (ErofsgenError, OSError) as error:
-            _logger.error("read failed: %s", error)
+            packs = [self._packs[piece.device - 1].hex for piece in pieces if piece.device]
+            _logger.error("read failed: %s", error, extra={"mount": self._link.mount, "packs": packs})
             raise pyfuse3.FUSEError(errno.EIO) from error
         return joined
 

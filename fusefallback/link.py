@@ -41,7 +41,7 @@ class Link:
 
     def __init__(self, root: Path, mount: str) -> None:
         self._root = root
-        self._mount = mount
+        self.mount = mount
         self._keys = itertools.count(1)
         self._waiting: dict[int, Asked] = {}
         self._channel: Channel | None = None
@@ -58,7 +58,7 @@ class Link:
         try:
             with address_of(self._root, SOCKET) as address:
                 end.connect(address)
-            channel.send({"do": "hello", "mount": self._mount})
+            channel.send({"do": "hello", "mount": self.mount})
             with trio.fail_after(_HELLO):
                 await trio.lowlevel.wait_readable(end)
             received = channel.receive()
@@ -154,7 +154,7 @@ class Link:
         try:
             await self.connect()
         except ErofsgenError as error:
-            _logger.error("%s", error)
+            _logger.error("%s", error, extra={"mount": self.mount})
             for waiting in self._waiting.values():
                 waiting.error = str(error)
                 waiting.answered.set()

@@ -147,7 +147,7 @@ class Plane:
     def _fill(self, server: _Server, theirs: int, pack: str, offset: int, length: int) -> None:
         error = self._use(server, pack)
         if error is not None:
-            self._supervisor.failed(error)
+            self._supervisor.failed(error, pack)
             self._say(server, {"key": theirs, "error": error})
             return
         key = next(self._keys)
@@ -173,7 +173,7 @@ class Plane:
         with suppress(OSError):
             if server in self._servers and not server.channel.flush():
                 if len(server.channel) > _DEAF:
-                    _logger.error("the server of %s does not listen", server.mount)
+                    _logger.error("the server of %s does not listen", server.mount, extra={"mount": server.mount})
                     self._gone(server)
                     return
                 server.is_behind = True

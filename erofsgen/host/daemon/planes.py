@@ -74,8 +74,8 @@ class Supervisor(Protocol):
     def gave_back(self, size: int, /) -> None:
         """Bytes of the cache are free that the worker does not know of."""
 
-    def failed(self, error: str, /) -> None:
-        """A read failed, or an open, that the plane answered by itself."""
+    def failed(self, error: str, pack: str | None = None, /) -> None:
+        """A read failed, or an open, that the plane answered by itself; of ``pack``, where that is known."""
 
     def call(self, call: Callable[[], None], /) -> None:
         """Run ``call`` in the supervisor's thread, soon. From any thread."""

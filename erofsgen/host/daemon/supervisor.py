@@ -41,6 +41,7 @@ from typing import Any, Final
 
 from erofsgen import __version__
 from erofsgen.errors import BusyError, ErofsgenError, StorageError, UsageError
+from erofsgen.host import logs
 from erofsgen.host.cache.cutoff import cut_off
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.daemon import control, systemd
@@ -127,7 +128,9 @@ class Supervisor:
         self._loop.every(_TICK, self._tick)
         self._loop.every(_SWEEP, self._sweep)
         systemd.notify("READY=1", f"STATUS=plane {self._plane.name}", f"MAINPID={os.getpid()}")
-        _logger.info("supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name)
+        _logger.info(
+            "supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name, extra={"plane": self._plane.name}
+        )
         gc.collect()
         gc.freeze()
         self._loop.run()
@@ -206,7 +209,9 @@ class Supervisor:
 
     def _stopped(self, cut_off: list[Path]) -> None:
         for path in cut_off:
-            _logger.warning("%s: in use and incomplete: cut off, reads of it fail from now on", path)
+            _logger.warning(
+                "%s: in use and incomplete: cut off, reads of it fail from now on", path, extra={"pack": path.stem}
+            )
         for name in self._holds:
             systemd.drop(name)
         self._standby.dismiss()
@@ -249,10 +254,10 @@ class Supervisor:
     def gave_back(self, size: int) -> None:
         self._worker.tell({"do": "freed", "bytes": size})
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: str, pack: str | None = None) -> None:
         self._denied += 1
         self._errors.append({"at": time.time(), "error": error})
-        _logger.error("read failed: %s", error)
+        _logger.error("read failed: %s", error, extra={"pack": pack})
 
     def call(self, call: Callable[[], None]) -> None:
         self._loop.call(call)
@@ -320,7 +325,7 @@ class Supervisor:
         self._requests.answered(key)
         self._mounts.recorder.answered(key)
         if error is not None:
-            self.failed(error)
+            self.failed(error, request.pack.partition(":")[0])
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -363,6 +368,7 @@ class Supervisor:
 
         def done(error: ErofsgenError | None) -> None:
             if error is None:
+                _logger.info("mount %s: armed, packs: %d", mount, len(packs), extra={"mount": mount})
                 connection.reply({})
             else:
                 connection.closed = lambda: None
@@ -461,7 +467,10 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     if fresh:
         for path in Layout(root).data_files():
             if cut_off(path, but_served=plane.serves):
-                _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
+                _logger.error(
+                    "%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path,
+                    extra={"pack": path.stem},
+                )  # fmt: skip
     listening = socket.socket(fileno=holds["listen"]) if "listen" in holds else control.listen(root)
     holds["listen"] = listening.fileno()
     if plane.survives:
@@ -494,7 +503,7 @@ def main() -> None:
     if "--inherit" in arguments:
         at = arguments.index("--inherit")
         del arguments[at : at + 2]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     try:
         serve(options, arguments)
     except ErofsgenError as error:

@@ -25,9 +25,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
+from erofsgen.host import logs
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
@@ -41,6 +42,7 @@ from erofsgen.host.daemon.tasks import Tasks
 from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine, Priority
 from erofsgen.host.fill.sources import describe
+from erofsgen.host.metrics.address import VARIABLE, Address
 from erofsgen.host.profiles import HostProfiles
 from erofsgen.store.manifest import Pack
 
@@ -77,6 +79,7 @@ class Worker:
         self._housekeeping = Housekeeping(self, complete_at=options.complete_at)
         self._tasks = Tasks(self)
         self._scrub = options.scrub
+        self._metrics = _metrics_address()
         self._culls: dict[str, Future[int]] = {}
         cache.cull = self._cull
 
@@ -88,6 +91,8 @@ class Worker:
             Feeder(self.engine, lambda name: self._find(name).size).start()
         if self._scrub:
             Scrubber(self, self._scrub).start()
+        if self._metrics is not None:
+            self._serve_metrics(self._metrics)
         while (received := self._channel.receive()) is not None:
             message, descriptors = received
             try:
@@ -119,6 +124,21 @@ class Worker:
                 self._freed(message)
             case "client":
                 self._tasks.start(message["command"], socket.socket(fileno=descriptors[0]))
+
+    def status(self) -> dict[str, Any]:
+        """For ``status``, and for metrics. From any thread."""
+        return {
+            "engine": self.engine.stats(),
+            "prefetch": self.prefetching.status(),
+            "metrics": None if self._metrics is None else str(self._metrics),
+        }
+
+    def _serve_metrics(self, address: Address) -> None:
+        from erofsgen.host.metrics.collector import TableCollector
+        from erofsgen.host.metrics.gather import Gatherer
+        from erofsgen.host.metrics.server import MetricsServer
+
+        MetricsServer(address, TableCollector(Gatherer(self.cache, self.status).gather)).start()
 
     def tell(self, message: Message) -> None:
         """Say something to the supervisor, unless it has gone."""
@@ -289,6 +309,16 @@ class Worker:
         pack.close()
 
 
+def _metrics_address() -> Address | None:
+    """Where metrics are wanted; readers get on without them."""
+    try:
+        wanted = os.environ.get(VARIABLE)
+        return Address.parse(wanted) if wanted else None
+    except ErofsgenError as error:
+        _logger.error("no metrics: %s: %s", VARIABLE, error)
+        return None
+
+
 def _config() -> Config:
     """The configuration; readers get on without it if it was broken since the daemon was started."""
     try:
@@ -317,7 +347,7 @@ def main() -> None:
     parser.add_argument("channel", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     try:
         end = socket.socket(fileno=options.channel)
         end.set_inheritable(False)

@@ -138,7 +138,10 @@ class WorkerLink:
             how = os.waitstatus_to_exitcode(status)
             lived = time.monotonic() - self._started
             self._pause = 0.0 if lived >= _SHORT_LIFE else min(_LONGEST_PAUSE, 2 * self._pause or 0.05)
-            _logger.warning("worker %d ended with %d after %.1f s; starting another", pid, how, lived)
+            _logger.warning(
+                "worker %d ended with %d after %.1f s; starting another", pid, how, lived,
+                extra={"worker": pid, "exit_code": how, "lived": round(lived, 3)},
+            )  # fmt: skip
             self._loop.after(self._pause, self.start)
         return True
 

@@ -296,7 +296,7 @@ class Engine:
             if self._forgetting:
                 self._opened.notify_all()
         if isinstance(result, Bad):
-            self._log(read, result.error)
+            self._log(read, result.error, frame.index)
         settle(settled)
 
     def _ring(self, now: float) -> float:
@@ -318,11 +318,15 @@ class Engine:
         settle(settled)
         return due
 
-    def _log(self, read: Read, error: BaseException) -> None:
+    def _log(self, read: Read, error: BaseException, frame: int | None = None) -> None:
         """Name the source that did not bring right bytes. That a tier lacks a blob is nothing to warn of."""
         level = logging.DEBUG if isinstance(error, NotFoundError) else logging.WARNING
         what = "" if str(error).startswith("pack ") else f"pack {read.target.name}: "
-        _logger.log(level, "%s: %s%s", self._tiers.sources[read.source].name, what, describe(error))
+        source, pack = self._tiers.sources[read.source].name, read.target.name
+        _logger.log(
+            level, "%s: %s%s", source, what, describe(error),
+            extra={"source": source, "pack": pack, "frame": frame, "error": type(error).__name__},
+        )  # fmt: skip
 
     # ... and these with it
 
