@@ -20,7 +20,7 @@ from erofsgen import text
 from erofsgen.profile.chunks import BLOCK, Chunks
 from erofsgen.profile.profile import RECORDED, Profile
 from erofsgen.profile.rows import fold
-from erofsgen.profile.touches import Totals, names, origin_name, origins, parts, totals
+from erofsgen.profile.touches import Totals, by_file, names, origin_name, origins, parts, totals
 from erofsgen.profile.trace import BROUGHT, HERE, UNKNOWN, Trace
 
 MARK: Final = np.dtype([
@@ -128,7 +128,7 @@ class Waterfall:
 def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> Waterfall:
     """The picture of a run, in at most ``limit`` rows. Without ``chunks`` a row is a pack."""
     numbers, found_origins = origins(trace)
-    found = parts(trace, chunks)
+    found = by_file(parts(trace, chunks))
     marks = np.zeros(len(found), MARK)
     touch = found["touch"]
     marks["at"], marks["waited"] = trace.touches["at"][touch], found["waited"] / 1000
