@@ -20,7 +20,7 @@ def command(settings: Settings, image: str, wanted: str | None, file: Path | Non
     the image.
     """
     from erofsgen.cli import output
-    from erofsgen.host.cache.files import replace_file
+    from erofsgen.files import replace_file
     from erofsgen.host.profiles import HostProfiles
     from erofsgen.host.profilework import export
     from erofsgen.host.pull import find

@@ -30,7 +30,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from erofsgen.errors import ErofsgenError, FormatError
-from erofsgen.host.cache.files import replace_file
+from erofsgen.files import replace_file
 from erofsgen.host.cache.part import storage
 from erofsgen.store import profiles as kept
 from erofsgen.store.keys import BLOBS, blob
