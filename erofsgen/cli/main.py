@@ -31,6 +31,7 @@ VERBS: Final = (
     "pull",
     "copy",
     "cache",
+    "profile",
     "mount",
     "umount",
     "mounts",
