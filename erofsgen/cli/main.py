@@ -22,6 +22,7 @@ VERBS: Final = (
     "inspect",
     "ls",
     "cat",
+    "explain",
     "extract",
     "check",
     "diff",
