@@ -39,6 +39,7 @@ VERBS: Final = (
     "fscached",
     "fuse",
     "status",
+    "top",
     "config",
     "run",
     "doctor",
