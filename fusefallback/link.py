@@ -7,6 +7,7 @@
            ── {"do": "fill", "key": 7, "pack": …, "offset": …, "length": …} ──►
            ◄── {"key": 7, "error": null, or why not} ───
            ── {"do": "ahead", "pack": …, "offset": …, "length": …} ──►
+           ── {"do": "touch", "pack": …, "offset": …, "length": …} ──►    what was there, the first time it is read
 
 The supervisor may die and be replaced at any time: the socket that it listens at outlives it. All that waits is told to
 the next one. Where there is none, reads of what is missing fail.
@@ -103,6 +104,10 @@ class Link:
     def ahead(self, pack: str, offset: int, length: int) -> None:
         """Have a range brought that nobody waits for yet."""
         self._send({"do": "ahead", "pack": pack, "offset": offset, "length": length})
+
+    def touched(self, pack: str, offset: int, length: int) -> None:
+        """Tell of a read of what is there."""
+        self._send({"do": "touch", "pack": pack, "offset": offset, "length": length})
 
     def _send(self, message: Message) -> None:
         if self._channel is not None:

@@ -133,6 +133,8 @@ class Plane:
             case "hello":
                 server.mount = str(message["mount"])
                 self._say(server, {"deadline": self._supervisor.deadline, "read_ahead": self._read_ahead})
+            case "touch":
+                self._supervisor.touched(*_range(message), 0, None, server.mount)
             case "fill":
                 self._fill(server, int(message["key"]), *_range(message))
             case "ahead":
@@ -151,6 +153,7 @@ class Plane:
         key = next(self._keys)
         self._asked[key] = server, theirs
         server.waiting[theirs] = key
+        self._supervisor.touched(pack, offset, length, 0, key, server.mount)
         self._supervisor.missing(key, pack, offset, length)
 
     def answer(self, key: int, *, failed: bool) -> None:
@@ -201,6 +204,9 @@ class Plane:
     def _leave(self, user: Hashable) -> None:
         for pack in self._writers.leave(user):
             self._supervisor.forget(pack)
+
+    def through(self, packs: Sequence[str]) -> None:  # noqa: ARG002
+        return None
 
     def introduce(self, pack: str) -> Introduction | None:
         """The data file, open for writing."""

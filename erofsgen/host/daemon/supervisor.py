@@ -50,6 +50,7 @@ from erofsgen.host.daemon.control import Connection, ControlServer
 from erofsgen.host.daemon.journal import Journal
 from erofsgen.host.daemon.loop import Loop
 from erofsgen.host.daemon.mounted import detach, lazy_mounts
+from erofsgen.host.daemon.mountwatch import MountWatch
 from erofsgen.host.daemon.planes import Plane, load
 from erofsgen.host.daemon.requests import Request, Requests
 from erofsgen.host.daemon.standby import Standby, become
@@ -91,6 +92,7 @@ class Supervisor:
         self._holds = holds
         self._arguments = list(arguments)
         self._requests = Requests(journal, options.deadline)
+        self._mounts = MountWatch(root, plane.name, lambda message: self._worker.tell(message))
         self._control = ControlServer(self._loop, listening, self._command)
         self._standby = Standby(holds, arguments)
         self._worker = WorkerLink(
@@ -99,6 +101,7 @@ class Supervisor:
             self._requests,
             introduction=plane.introduce,
             received=self._from_worker,
+            started=self._mounts.worker_started,
         )
         self._started = time.time()
         self._denied = 0
@@ -123,7 +126,7 @@ class Supervisor:
         self._worker.start()
         self._loop.watch(self._plane.fileno(), self._plane.serve)
         self._loop.every(_TICK, self._tick)
-        self._loop.every(_SWEEP, self._plane.sweep)
+        self._loop.every(_SWEEP, self._sweep)
         systemd.notify("READY=1", f"STATUS=plane {self._plane.name}", f"MAINPID={os.getpid()}")
         _logger.info(
             "supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name, extra={"plane": self._plane.name}
@@ -136,7 +139,8 @@ class Supervisor:
         signal.signal(number, lambda _number, _frame: self._loop.call(handler))
 
     def _inherit(self) -> None:
-        """Go on with what a dead supervisor had read."""
+        """Go on with what a dead supervisor had read, and with its mounts."""
+        self._mounts.inherit()
         read = list(self._journal.entries()) if self._journal is not None else []
         entries = self._plane.inherit(read, self._journal.highest if self._journal is not None else 0)
         for entry in entries:
@@ -176,6 +180,10 @@ class Supervisor:
         for request in self._requests.expired():
             self._answer(request.key, _late(request))
 
+    def _sweep(self) -> None:
+        self._mounts.sweep()
+        self._plane.sweep()
+
     def _replace(self) -> None:
         """Become the program that is installed now, with everything that is held."""
         self._worker.kill()
@@ -190,6 +198,7 @@ class Supervisor:
             return
         self._is_stopping = True
         systemd.notify("STOPPING=1")
+        self._mounts.recorder.end_all()
         mounts = lazy_mounts(self.root)
         for mount in mounts:
             detach(mount)
@@ -224,6 +233,17 @@ class Supervisor:
         if self._requests.is_stale(pack, offset, length):
             self._answer(key, _late(request))
         self._worker.fill(request)
+
+    def touched(
+        self, pack: str, offset: int, length: int, pid: int, key: int | None = None, mount: str | None = None
+    ) -> None:
+        self._mounts.recorder.touched(pack, offset, length, pid, key, mount)
+
+    def cannot_see(self, pack: str) -> bool:
+        if self._mounts.recorder.wants(pack):
+            return False
+        self._mounts.recorder.cannot_see(pack)
+        return True
 
     def ahead(self, pack: str, offset: int, length: int) -> None:
         self._worker.ahead(pack, offset, length)
@@ -263,6 +283,10 @@ class Supervisor:
                 self._plane.completed(message["pack"])
             case "want":
                 self._want(message["token"], [Path(path) for path in message["packs"]])
+            case "through":
+                self._through(message["token"], message["packs"])
+            case "prefetched":
+                self._mounts.prefetched(message["mount"])
             case "leave":
                 self._left(message["token"])
             case "cull":
@@ -280,6 +304,14 @@ class Supervisor:
         self._wanted.add(token)
         self._plane.arm(token, packs, done)
 
+    def _through(self, token: str, packs: list[str]) -> None:
+        """The worker wants to write to what is mounted of packs: it is told what to call them, if they have names."""
+        names = self._plane.through(packs)
+        for name in names or ():
+            if name is not None:
+                self._worker.introduce(name)
+        self._worker.tell({"do": "named", "token": token, "names": names})
+
     def _left(self, token: str) -> None:
         self._wanted.discard(token)
         self._plane.made(token)
@@ -291,6 +323,7 @@ class Supervisor:
             return
         self._plane.answer(key, failed=error is not None)
         self._requests.answered(key)
+        self._mounts.recorder.answered(key)
         if error is not None:
             self.failed(error, request.pack.partition(":")[0])
 
@@ -306,12 +339,14 @@ class Supervisor:
                         f"{self.root}: the daemon is of plane {self._plane.name}",
                         hint="stop it first, or use its plane",
                     )
-                self._arm(connection, str(command["mount"]), [Path(path) for path in command["packs"]])
+                self._arm(connection, command)
             case "made":
                 connection.closed = lambda: None
                 self._plane.made(str(command["mount"]))
+                self._mounts.made(str(command["mount"]), command)
                 connection.reply({})
             case "unmounted":
+                self._mounts.gone(str(command["mount"]))
                 for seconds in _SOON:
                     self._loop.after(seconds, self._plane.sweep)
                 connection.reply({})
@@ -325,8 +360,11 @@ class Supervisor:
             case unknown:
                 raise UsageError(f"unknown command {unknown!r}", hint="is the daemon of another version?")
 
-    def _arm(self, connection: Connection, mount: str, packs: list[Path]) -> None:
-        connection.closed = lambda: self._plane.made(mount)  # it died before it could say so
+    def _arm(self, connection: Connection, command: dict[str, Any]) -> None:
+        mount = str(command["mount"])
+        packs = [Path(path) for path in command["packs"]]
+        self._mounts.begin(mount, packs, command)
+        connection.closed = lambda: self._not_made(mount)  # it died before it could say so
 
         def done(error: ErofsgenError | None) -> None:
             if error is None:
@@ -334,10 +372,14 @@ class Supervisor:
                 connection.reply({})
             else:
                 connection.closed = lambda: None
-                self._plane.made(mount)
+                self._not_made(mount)
                 connection.fail(error)
 
         self._plane.arm(mount, packs, done)
+
+    def _not_made(self, mount: str) -> None:
+        self._mounts.gone(mount)
+        self._plane.made(mount)
 
     def _stop_command(self, connection: Connection, *, force: bool) -> None:
         mounted = [mount["target"] for mount in lazy_mounts(self.root)]
@@ -360,6 +402,7 @@ class Supervisor:
             "worker": self._worker.pid,
             "worker_restarts": self._worker.restarts,
             "waiting": len(self._requests),
+            **self._mounts.status(),
             "denied": self._denied,
             "errors": list(self._errors),
             **self._plane.facts(),

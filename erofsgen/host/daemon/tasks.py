@@ -40,6 +40,7 @@ class Tasks:
             "clear": self._clear,
             "verify": self._verify,
             "status": self._status,
+            "take in": self._take_in,
         }
 
     def start(self, command: dict[str, Any], client: socket.socket) -> None:
@@ -89,6 +90,10 @@ class Tasks:
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         return self._worker.status()
+
+    def _take_in(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
+        """Make profiles of what was recorded."""
+        return {"recordings": self._worker.prefetching.take_in(str(command["token"]))}
 
 
 class _Progress:
