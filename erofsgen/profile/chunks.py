@@ -31,6 +31,7 @@ class Chunks:
     """
 
     def __init__(self, index: Index) -> None:
+        self.index = index
         self.paths: list[bytes] = []
         self.sizes: list[int] = []
         rows: list[tuple[int, int, int, int, int]] = []
