@@ -108,9 +108,7 @@ class Assembler:
         index = bytes(
             write_index(self.root, places, devices, chunk_size=self._options.chunk_size, fingerprints=fingerprints)
         )
-        packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=self._options.worker_threads).compress(index)
-        digest, size = self._store.put(packed)
-        descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), INDEX_HOLES: HOLES_AT_END})
+        descriptor = put_index(self._store, index, self._options, {INDEX_HOLES: HOLES_AT_END})
         inodes = Superblock(*SUPER.unpack_from(index, SUPER_OFFSET)).inos
         return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()))
 
@@ -173,6 +171,13 @@ class Assembled(msgspec.Struct, frozen=True):
     inodes: int
     index_size: int
     unique_bytes: int
+
+
+def put_index(store: Store, index: bytes, options: BuildOptions, annotations: dict[str, str]) -> Descriptor:
+    """Store an index; returns its descriptor, with its size and ``annotations``."""
+    packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=options.worker_threads).compress(index)
+    digest, size = store.put(packed)
+    return Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), **annotations})
 
 
 def write_manifest(
