@@ -267,6 +267,10 @@ class HostCache:
             raise NotFoundError(f"{self.root}: no pack {pack}", hint="run `erofsgen pull` again")
         return files
 
+    def toc(self, pack: Pack) -> Toc:
+        """A pack's table of contents. Raises NotFoundError, IntegrityError, StorageError."""
+        return self._toc(pack, self.files(pack.hex))
+
     def open_object(self, pack: Pack, map: Path, descriptor: int) -> ObjectFile:  # noqa: A002  (its word)
         """A pack's object in the kernel's own cache, see :class:`ObjectFile`. Raises as :meth:`open_pack` does."""
         from erofsgen.host.cache.objectfile import ObjectFile
