@@ -7,10 +7,9 @@ the layers it finished, from which the next one goes on.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import msgspec
 
@@ -18,6 +17,7 @@ from erofsgen.build import profiles
 from erofsgen.build import record as records
 from erofsgen.build.assemble import Assembler, write_manifest
 from erofsgen.build.convert import Converter, Counts
+from erofsgen.build.cycles import no_cycle_collection
 from erofsgen.build.dictionary import Dictionary, stored
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
@@ -82,7 +82,7 @@ def build_image(
     name = tag or store.called(source.name)
     store.check_name(name)
     with ExitStack() as stack:
-        stack.enter_context(_no_cycle_collection())
+        stack.enter_context(no_cycle_collection())
         stack.enter_context(store.building())
         there = stored(store)
         dictionary = None
@@ -185,15 +185,3 @@ class _Build:
     def _convert(self, reader: Iterable[tuple[Entry, FileData | None]], what: str) -> LayerRecord:
         with self._progress.task(what) as task:
             return self._converter.convert(reader, task)
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """A build makes millions of objects and no cycles worth collecting; scanning them again and again costs a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
