@@ -350,7 +350,7 @@ def test_lists(chunks, run):
         (4, 12, b"pack 000000000000", None, 0.0),
     ]
     assert [line.last and (line.last.waited, line.last.sources) for line in lines] == [
-        (0, [STORE]), (20, [STORE]), (0, [TIER]), None,
+        (0, [STORE]), (0.02, [STORE]), (0, [TIER]), None,
     ]  # fmt: skip
     files = file_lines(profile_of(), chunks, run)
     assert [(line.path, line.first, line.size, line.chunks, line.bytes) for line in files] == [
@@ -359,6 +359,6 @@ def test_lists(chunks, run):
         (b"pack 000000000000", 12, None, 1, BLOCK),
     ]
     assert [line.confidence for line in files] == [0.625, 0, 0]
-    assert [line.last and line.last.waited for line in files] == [20, 0, None]
+    assert [line.last and line.last.waited for line in files] == [0.02, 0, None]
     assert [line.last for line in file_lines(profile_of(), chunks, None)] == [None] * 3
     assert [line.path[:4] for line in chunk_lines(profile_of(), None, run)] == [b"pack"] * 4
