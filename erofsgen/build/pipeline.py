@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 import msgspec
 
-from erofsgen.build import profiles
+from erofsgen.build import guess, profiles
 from erofsgen.build import record as records
 from erofsgen.build.assemble import Assembler, write_manifest
 from erofsgen.build.convert import Converter, Counts
@@ -44,6 +44,7 @@ class BuildResult(msgspec.Struct, frozen=True):
     ``file_bytes``          file data read; ``new_bytes`` of it were new, ``deduplicated_bytes`` were in a pack already
     ``unique_bytes``        file data of the image, every chunk counted once
     ``profiles``            taken over from an earlier build of the image
+    ``guessed``             whether what its own command will read was guessed
     """
 
     name: str
@@ -62,6 +63,7 @@ class BuildResult(msgspec.Struct, frozen=True):
     unique_bytes: int
     seconds: float
     profiles: int = 0
+    guessed: bool = False
 
 
 def build_image(
@@ -111,6 +113,7 @@ def build_image(
         earlier = profiles.earlier(store, name)
         store.tag(name, manifest)
         inherited = profiles.inherit(store, earlier, manifest, assembled.places)
+        guessed = options.guess and guess.lay_beside(store, name, manifest)
         counts = build.counts
         return BuildResult(
             name=name,
@@ -129,6 +132,7 @@ def build_image(
             unique_bytes=assembled.unique_bytes,
             seconds=time.monotonic() - started,
             profiles=inherited,
+            guessed=guessed,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erofsgen.build.gc import collect
-from erofsgen.build.hotset import WHOLE_SIZE
 from erofsgen.build.optimize import optimize
 from erofsgen.erofs.tree import BLOCK
-from erofsgen.errors import FormatError, IntegrityError, NotFoundError, UsageError
+from erofsgen.errors import NotFoundError, UsageError
 from erofsgen.pack.toc import read_dictionary
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from erofsgen.erofs import format as fmt
 from erofsgen.erofs.check import check_index
 from erofsgen.erofs.flatten import flatten
-from erofsgen.erofs.reader import Index
 from erofsgen.erofs.readback import read_back
+from erofsgen.erofs.reader import Index
 from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, Device
 from erofsgen.erofs.writer import write_index
 from erofsgen.errors import FormatError, UnsupportedError

@@ -22,8 +22,7 @@ class Stack(NamedTuple):
 
 _NONE: Final = Stack()
 
-STACKS: Final[dict[str, Stack]] = {
-}
+STACKS: Final[dict[str, Stack]] = {}
 
 
 def known(name: str) -> Stack:
