@@ -32,6 +32,7 @@ VERBS: Final = (
     "pull",
     "copy",
     "cache",
+    "profile",
     "mount",
     "umount",
     "mounts",

@@ -231,8 +231,8 @@ def start_options(function: F) -> F:
     for option in (
         click.option("--profile", metavar="NAME", help="The name of the profile; by default the command itself."),
         click.option(
-            "--prefetch", type=click.Choice(MODES), metavar="|".join(MODES), default="auto",
-            help="What to bring before it is read: auto takes the profile if there is one, else heuristics.",
+            "--prefetch", type=click.Choice(MODES), metavar="|".join(MODES),
+            help="What to bring before it is read; auto, the default: by the profile if there is one, else heuristics.",
         ),
     ):  # fmt: skip
         function = option(function)

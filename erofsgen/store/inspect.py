@@ -87,12 +87,13 @@ class Inspection(msgspec.Struct, frozen=True):
     packs: list[PackFacts]
 
 
-def tags(store: Store, name: str) -> list[str]:
+def tags(store: Store, name: str, references: dict[str, Descriptor] | None = None) -> list[str]:
     """The references that ``name`` means: itself, or all that name the manifest with this digest (or prefix of it).
 
-    Needs no manifest to be readable. Raises NotFoundError (none, or a prefix of several digests).
+    ``references``: the store's, where they are known. Needs no manifest to be readable. Raises NotFoundError (none, or
+    a prefix of several digests).
     """
-    references = store.references()
+    references = store.references() if references is None else references
     if name in references:
         return [name]
     wanted = name.removeprefix("sha256:")

@@ -1,4 +1,4 @@
-"""What the cache holds and for whom, and how it becomes less.
+"""What the cache holds and for whom, and how it becomes less. An image's profiles go with it.
 
 An image or a pack is *in use* while somebody has its file open (:func:`erofsgen.host.linux.lease`), a mount for
 instance, or its map locked because a mount is being made. Nothing in use is removed. An image's manifest is written
@@ -30,6 +30,7 @@ from erofsgen.host.cache.verify import Report, verify
 from erofsgen.host.config import load
 from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine
+from erofsgen.host.profiles import HostProfiles, drop_lonely
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.manifest import Pack
 
@@ -178,10 +179,14 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
             removed.bytes += size
 
     packs = [PackFiles(data) for data in sorted(cache.layout.data_files())]
+    profiles = HostProfiles(cache.root)
     staying = cache.images()
     if keep is not None:
         gone = {digest for digest in _kept(cache) if digest not in keep and _forget(cache, digest, remove)}
         removed.images = sorted(gone)
+        if not dry_run:
+            for digest in gone:
+                profiles.remove(digest)
         staying = [image for image in staying if image.digest not in gone]
     needed = {pack.hex for pack in packs_of(staying)}
     for files in packs:
@@ -193,6 +198,8 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
     for path in _leftovers(cache):
         remove([path])
         removed.leftovers.append(str(path))
+    lonely = drop_lonely(profiles, _kept(cache), time.time() - _OLD, dry_run=dry_run)
+    removed.leftovers += map(str, lonely)
     if not dry_run:
         removed.bytes += cache.cull(None, needed | {image.digest for image in staying})
     limit = cache.room.limit
