@@ -287,6 +287,9 @@ def build_options(function: F) -> F:
             "--tls-verify/--no-tls-verify", default=True, help="Check the registry's certificate; default: yes."
         ),
         click.option(
+            "--guess/--no-guess", default=None, help="Guess what the image's command will read; default: yes."
+        ),
+        click.option(
             "--share-pages", is_flag=True, default=None, help="Let Linux 7.0 and later share page cache by content."
         ),
         click.option(
