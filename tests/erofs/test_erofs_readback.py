@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from erofsgen.erofs import format as fmt
 from erofsgen.erofs.check import check_index
 from erofsgen.erofs.flatten import flatten
-from erofsgen.erofs.reader import Index
 from erofsgen.erofs.readback import read_back
+from erofsgen.erofs.reader import Index
 from erofsgen.erofs.tree import BLOCK, CHUNK_DTYPE, Device
 from erofsgen.erofs.writer import write_index
 from erofsgen.errors import FormatError, UnsupportedError
@@ -140,4 +140,7 @@ def test_a_huge_hole_is_refused(small_index):
     with pytest.raises(UnsupportedError, match="holes"):
         read_back(Index(bytes(image), verify=False))
     image[size : size + 8] = (1 << 40).to_bytes(8, "little")
-    assert len(read_back(Index(bytes(image), verify=False)).root.children[b"hollow"].chunks) == (1 << 40) // sampletree.CHUNK
+    assert (
+        len(read_back(Index(bytes(image), verify=False)).root.children[b"hollow"].chunks)
+        == (1 << 40) // sampletree.CHUNK
+    )
