@@ -27,6 +27,11 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else " " if c == "\n" else _escaped(c) for c in message)
 
 
+def quoted(command: str) -> str:
+    """A profile's command for people; that of plain mounts, which is none, as ``""``."""
+    return one_line(command) or '""'
+
+
 def _decode(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from erofsgen.text import counted, json_name, one_line, printable, share, size
+from erofsgen.text import counted, json_name, one_line, printable, quoted, share, size
 
-__all__ = ["counted", "document", "facts", "json_name", "line", "one_line", "printable", "share", "size", "table"]
+__all__ = [
+    "counted", "document", "facts", "json_name", "line", "one_line", "printable", "quoted", "share", "size", "table",
+]  # fmt: skip
 
 
 def line(text: str = "") -> None:

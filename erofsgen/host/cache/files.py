@@ -11,7 +11,8 @@
     ├── packs/<sha256>.data      a pack's device bytes, sparse, of full size from the start; or in CACHEDIR/packs
               <sha256>.map       which of its frames are there, see erofsgen.host.cache.presence
               <sha256>.toc       its table of contents
-    └── fscache/                 what the kernel keeps for the fscache plane, see erofsgen.host.cache.objects
+    ├── fscache/                 what the kernel keeps for the fscache plane, see erofsgen.host.cache.objects
+    └── profiles/                what its images' commands touch first, see erofsgen.host.profiles
 """
 
 from __future__ import annotations
