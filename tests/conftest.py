@@ -75,6 +75,16 @@ def mount_point(tmp_path: Path, require_root: None) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def erofs_utils() -> Path:
+    """A directory with a current fsck.erofs and dump.erofs.
+
+    Those of Debian 12 (1.5) do not look up plain inodes in the unified address space; kernels and 1.8 do.
+    """
+    fetch = Path(__file__).parents[1] / "packaging" / "fetch-erofs-utils"
+    return Path(subprocess.run([fetch], check=True, capture_output=True, text=True).stdout.strip()).parent
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Ceph's S3 service. All tests share it; each makes its own ``bucket()``."""
     with ceph.ceph_rgw(tmp_path_factory.mktemp("ceph")) as server:

@@ -14,6 +14,7 @@ import pytest
 from lazykit import Host
 from samples import snapshot
 from servers import docker_registry
+from stockkit import devices_by_zstd, index_by_zstd
 
 from erofsgen.build.pipeline import build_image
 from erofsgen.host.mount.mounts import mount, unmount
@@ -86,29 +87,6 @@ def test_an_image_from_a_registry(demo_image, built, expected, tmp_path, mount_p
     assert list(store.downloads.iterdir()) == []
 
 
-def devices_by_zstd(store, image, directory: Path) -> list[Path]:
-    """Every pack as a device file: zstd packs through stock zstd, raw ones as they are."""
-    paths = []
-    for pack in image.packs:
-        path = directory / pack.hex
-        with path.open("wb") as out:
-            if pack.raw:
-                out.write(store.blob_path(pack.digest).read_bytes())
-                out.truncate(pack.device_size)
-            else:
-                subprocess.run(["zstd", "-dcq", store.blob_path(pack.digest)], stdout=out, check=True)
-        assert path.stat().st_size == pack.device_size
-        paths.append(path)
-    return paths
-
-
-def index_by_zstd(store, image, directory: Path) -> Path:
-    path = directory / "index.erofs"
-    with path.open("wb") as out:
-        subprocess.run(["zstd", "-dcq", store.blob_path(image.index_descriptor.digest)], stdout=out, check=True)
-    return path
-
-
 def test_stock_tools_alone_mount_it(built, expected, tmp_path, mount_point):
     """zstd, losetup and mount(8); nothing of ours runs."""
     image = Image.open(built, "demo")
@@ -127,16 +105,6 @@ def test_stock_tools_alone_mount_it(built, expected, tmp_path, mount_point):
         subprocess.run(["umount", "--lazy", mount_point], check=False)
         for loop in loops:
             subprocess.run(["losetup", "--detach", loop], check=True)
-
-
-@pytest.fixture(scope="module")
-def erofs_utils() -> Path:
-    """A directory with a current fsck.erofs and dump.erofs.
-
-    Those of Debian 12 (1.5) do not look up plain inodes in the unified address space; kernels and 1.8 do.
-    """
-    fetch = Path(__file__).parents[2] / "packaging" / "fetch-erofs-utils"
-    return Path(subprocess.run([fetch], check=True, capture_output=True, text=True).stdout.strip()).parent
 
 
 def test_fsck_extracts_the_same(built, expected, tmp_path, erofs_utils):
