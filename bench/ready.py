@@ -52,6 +52,7 @@ from rich.table import Table
 
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.pull import complete
+from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import Profile
 from erofsgen.profile.trace import Trace
 from erofsgen.store.image import Image as Built
@@ -97,6 +98,7 @@ class Start:
     waited: float = 0.0
     prefetched: int = 0
     unused: int = 0
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,6 @@ class ReadyBench(Bench):
         self.bandwidth: float | None = options.bandwidth and options.bandwidth * MIB
         self.waterfalls: Path | None = options.waterfalls
         self.as_json: bool = options.json
-        self.traces: dict[str, Trace] = {}
         self._environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self._prepared: dict[str, Prepared] = {}
         self._servers = ExitStack()
@@ -295,7 +296,6 @@ class ReadyBench(Bench):
             trace = None if way == PACKS or not HAS_PREFETCH else self.trace(host, name, container, since)
         if trace is None:
             return Start(seconds, fetched)
-        self.traces.setdefault(f"{prepared.name}-{way}", trace)
         waited, brought = trace.touches["waited"], trace.brought
         return Start(
             seconds,
@@ -304,6 +304,7 @@ class ReadyBench(Bench):
             waited=int(waited.sum(dtype=np.int64)) / 1e6,
             prefetched=int(brought["length"].sum(dtype=np.int64)),
             unused=int(brought["length"][~brought["used"]].sum(dtype=np.int64)),
+            trace=trace,
         )
 
     def trace(self, host: EmptyHost, name: str, container: Container, since: float) -> Trace:
@@ -357,6 +358,8 @@ def starts(bench: ReadyBench) -> None:
                 add_row(table, latency, way, found[way])
             if latency == JUDGED:
                 judge(bench, container.name, found)
+                if bench.waterfalls:
+                    draw(bench, prepared, found, bench.waterfalls)
         Console(stderr=bench.as_json, width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -390,6 +393,23 @@ def judge(bench: ReadyBench, name: str, found: dict[str, list[Start]]) -> None:
     brought = sum(start.prefetched for start in found[PROFILE])
     unused = sum(start.unused for start in found[PROFILE]) / brought if brought else None
     bench.goal(f"{what}: prefetched with a profile and not used", unused, 0.1)
+
+
+def draw(bench: ReadyBench, prepared: Prepared, found: dict[str, list[Start]], place: Path) -> None:
+    """A picture of the first start of every lazy way, and the traces that it shows."""
+    from erofsgen.profile.png import draw_png
+
+    place.mkdir(parents=True, exist_ok=True)
+    store = open_store(bench.store_url())
+    known = {name: Chunks(Built.open(store, name).index) for name in (prepared.name, prepared.optimized)}
+    drawn: list[tuple[str, Trace, Chunks | None]] = []
+    for way, some in found.items():
+        trace = some[0].trace
+        if trace is not None:
+            (place / f"{prepared.name}-{way.replace(' ', '-')}.trace").write_bytes(trace.encode())
+            chunks = known[prepared.optimized if way == OPTIMIZED else prepared.name]
+            drawn.append((f"{prepared.name}, {JUDGED} ms: {way}", trace, chunks))
+    draw_png(drawn, place / f"waterfall-{prepared.name}.png")
 
 
 def new_table(container: Container) -> Table:
