@@ -124,6 +124,7 @@ class ReadyBench(Bench):
     def __init__(self, work: Path, options: argparse.Namespace) -> None:
         super().__init__(work, options)
         self.containers = [CONTAINERS[name] for name in options.containers]
+        self.ways: list[str] = options.ways
         self.latencies: list[int] = options.latency
         self.bandwidth: float | None = options.bandwidth and options.bandwidth * MIB
         self.waterfalls: Path | None = options.waterfalls
@@ -174,23 +175,26 @@ class ReadyBench(Bench):
         if name not in self._prepared:
             image = container.image()
             say(f"{name}: {image.tar_size / MIB:.0f} MiB, {image.blob_size / MIB:.0f} compressed")
-            run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{image.reference}",
-                f"docker://{self._registry}/{name}:latest")  # fmt: skip
-            store = open_store(self.store_url(), create=True)
-            hostkit.build(store, f"oci:{image.reference}", name)
             prepared = self._prepared[name] = Prepared(container, image, self.place())
+            hostkit.build(open_store(self.store_url(), create=True), f"oci:{image.reference}", name)
+            self._prepare(prepared)
+        return self._prepared[name]
+
+    def _prepare(self, prepared: Prepared) -> None:
+        """What the chosen ways need beyond the image in the store."""
+        name, ways = prepared.name, set(self.ways)
+        if CONTAINERD in ways:
+            target = f"docker://{self._registry}/{name}:latest"
+            run("skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{prepared.image.reference}", target)
+        if LOCAL in ways:
+            built = Built.open(open_store(self.store_url()), name)
             cache = HostCache(prepared.local / "root")
-            built = Built.open(store, name)
             complete(cache, cache.add(built), built)
-            if PROFILE not in WAYS:  # INTERIM
-                say("no profile record: the ways that need a profile are left out")
-                return prepared
+        if ways & {PROFILE, OPTIMIZED}:
             with EmptyHost(self.place()) as host:
                 self.record(host, prepared)
-            if OPTIMIZED not in WAYS:  # INTERIM
-                return prepared
+        if OPTIMIZED in ways:
             run(EROFSGEN, "--store", self.store_url(), "optimize", "--quiet", name, "--as", prepared.optimized)
-        return self._prepared[name]
 
     def record(self, host: EmptyHost, prepared: Prepared, *options: str, environment: Sequence[str] = ()) -> Profile:
         """The profile of a start of the container on ``host``, with ``options`` of ``profile record``."""
@@ -354,8 +358,8 @@ def starts(bench: ReadyBench) -> None:
         table = new_table(container)
         for latency in bench.latencies:
             found = side_by_side(bench, prepared, latency)
-            for way in WAYS:
-                add_row(table, latency, way, found[way])
+            for way in bench.ways:
+                add_row(table, latency, way, found[way], last=way == bench.ways[-1])
             if latency == JUDGED:
                 judge(bench, container.name, found)
                 if bench.waterfalls:
@@ -365,34 +369,31 @@ def starts(bench: ReadyBench) -> None:
 
 def side_by_side(bench: ReadyBench, prepared: Prepared, latency: int) -> dict[str, list[Start]]:
     """The starts of each way, in rounds."""
-    found: dict[str, list[Start]] = {way: [] for way in WAYS}
+    found: dict[str, list[Start]] = {way: [] for way in bench.ways}
 
     def side(way: str) -> float:
         found[way].append(bench.measured(prepared, way, latency))
         return found[way][-1].seconds
 
-    alternate(bench.rounds, {way: lambda way=way: side(way) for way in WAYS})
+    alternate(bench.rounds, {way: lambda way=way: side(way) for way in bench.ways})
     return found
 
 
 def judge(bench: ReadyBench, name: str, found: dict[str, list[Start]]) -> None:
-    """The goals, each by the median of the rounds' ratios."""
+    """The goals of the ways that were measured, each by the median of the rounds' ratios."""
     what = f"{name}, {JUDGED} ms"
-    if not {HEURISTICS, PROFILE} <= set(WAYS):  # INTERIM
-        return
     seconds = {way: [start.seconds for start in some] for way, some in found.items()}
-    bench.goal(f"{what}: profile / everything local", paired(seconds[PROFILE], seconds[LOCAL]), 1.25)
-    bench.goal(f"{what}: profile / containerd", paired(seconds[PROFILE], seconds[CONTAINERD]), 0.15)
-    closed = [
-        (nothing - guessed) / (nothing - recorded)
-        for nothing, guessed, recorded in zip(
-            seconds[NOTHING], seconds[HEURISTICS], seconds[PROFILE], strict=True
-        )
-    ]  # fmt: skip
-    bench.goal(f"{what}: what heuristics win / what a profile wins", median(closed), 0.5, at_least=True)
-    brought = sum(start.prefetched for start in found[PROFILE])
-    unused = sum(start.unused for start in found[PROFILE]) / brought if brought else None
-    bench.goal(f"{what}: prefetched with a profile and not used", unused, 0.1)
+    for other, target in ((LOCAL, 1.25), (CONTAINERD, 0.15)):
+        if {PROFILE, other} <= set(found):
+            bench.goal(f"{what}: profile / {other}", paired(seconds[PROFILE], seconds[other]), target)
+    if {NOTHING, HEURISTICS, PROFILE} <= set(found):
+        rounds = zip(seconds[NOTHING], seconds[HEURISTICS], seconds[PROFILE], strict=True)
+        closed = median((nothing - guessed) / (nothing - recorded) for nothing, guessed, recorded in rounds)
+        bench.goal(f"{what}: what heuristics win / what a profile wins", closed, 0.5, at_least=True)
+    if PROFILE in found:
+        brought = sum(start.prefetched for start in found[PROFILE])
+        unused = sum(start.unused for start in found[PROFILE]) / brought if brought else None
+        bench.goal(f"{what}: prefetched with a profile and not used", unused, 0.1)
 
 
 def draw(bench: ReadyBench, prepared: Prepared, found: dict[str, list[Start]], place: Path) -> None:
@@ -423,7 +424,7 @@ def new_table(container: Container) -> Table:
     return table
 
 
-def add_row(table: Table, latency: int, way: str, found: Sequence[Start]) -> None:
+def add_row(table: Table, latency: int, way: str, found: Sequence[Start], *, last: bool) -> None:
     seconds = [start.seconds for start in found]
     ahead = sum(start.prefetched for start in found)
     table.add_row(
@@ -437,7 +438,7 @@ def add_row(table: Table, latency: int, way: str, found: Sequence[Start]) -> Non
         f"{median(start.waited for start in found):.2f}",
         f"{ahead / len(found) / MIB:.1f}",
         f"{sum(start.unused for start in found) / ahead:.1%}" if ahead else "-",
-        end_section=way == WAYS[-1],
+        end_section=last,
     )
 
 
@@ -484,6 +485,7 @@ MEASUREMENTS: dict[str, Callable[[ReadyBench], None]] = {"a": starts, "b": bytec
 def main() -> None:
     parser = arguments(__doc__, image_for="no part")
     parser.add_argument("--containers", type=_names, help=f"of {', '.join(CONTAINERS)} (default: the first three)")
+    parser.add_argument("--ways", type=_ways, default=list(WAYS), help="separated by commas (default: all)")
     parser.add_argument("--latency", type=_numbers, help="milliseconds, separated by commas (default 0,20,100)")
     parser.add_argument("--bandwidth", type=float, help="MiB a second that the proxies let through (default: no limit)")
     parser.add_argument("--waterfalls", type=Path, help="where pictures of the starts are put")
@@ -491,6 +493,13 @@ def main() -> None:
     options.containers = options.containers or (["quick"] if options.quick else list(CONTAINERS)[:3])
     options.latency = options.latency or ([0, JUDGED] if options.quick else [0, JUDGED, 100])
     measure(ReadyBench, options, MEASUREMENTS)
+
+
+def _ways(text: str) -> list[str]:
+    ways = text.split(",")
+    if unknown := set(ways) - set(WAYS):
+        raise argparse.ArgumentTypeError(f"no such way: {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
+    return ways
 
 
 def _names(text: str) -> list[str]:
