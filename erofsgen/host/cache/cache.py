@@ -38,6 +38,7 @@ from erofsgen.host.cache.objects import Objects
 from erofsgen.host.cache.part import Part, settle, storage
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.room import Room
+from erofsgen.host.profiles import Refreshing
 from erofsgen.oci.reference import known_name
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
@@ -57,6 +58,8 @@ _FETCHERS: Final = 8
 """Tables of contents fetched at a time."""
 _LOOK: Final = 0.1
 """Seconds between two looks at a fill's progress, and at a lock somebody holds."""
+_PATIENCE: Final = 1.0
+"""Seconds that profiles may take longer than the rest of an image."""
 
 
 class CachedImage:
@@ -154,14 +157,27 @@ class HostCache:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def add(self, image: Image, progress: Progress = SILENT) -> CachedImage:
-        """Bring everything of an image here but its packs' frames.
+        """Bring everything of an image here but its packs' frames, and what lies beside it in its store.
+
+        Manifest, config and profiles are fetched while the index is. Profiles are a hint: an image that is here is not
+        kept waiting for them, any other at most a second longer than for the rest.
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
         """
-        self._write_index(image)
-        self._keep(self.image_path(image.digest, "json"), image.digest, image.manifest_size, image.store)
+        profiles = Refreshing(self.root, image)
         config = image.manifest.config
-        self._keep(self.image_path(image.digest, "config.json"), config.digest, config.size, image.store)
+        documents = [
+            (self.image_path(image.digest, "json"), image.digest, image.manifest_size),
+            (self.image_path(image.digest, "config.json"), config.digest, config.size),
+        ]
+        with ThreadPoolExecutor(len(documents), "documents") as pool:
+            read = [pool.submit(_read_document, image.store, *document) for document in documents]
+            new = self._write_index(image)
+            for (path, _, _), data in zip(documents, [future.result() for future in read], strict=True):
+                if data is not None:
+                    self.room.reserve(len(data))
+                    replace_file(path, data)
+                    new = True
         self._remember(image)
         missing = [pack for pack in image.packs if not self._has_toc(pack)]
         if missing:
@@ -179,6 +195,8 @@ class HostCache:
                     future.result()
         for pack in image.packs:
             self._prepare(pack)
+        if new or missing:  # otherwise there is nothing that this would have been beside of
+            profiles.wait(_PATIENCE)
         return CachedImage(self, image.digest, image.name, [image.store.url])
 
     def image(self, name: str, store: str) -> CachedImage:
@@ -240,23 +258,18 @@ class HostCache:
             mine[image.name] = image.digest
             replace_file(self.root / "names.json", json.dumps(names, indent=1).encode())
 
-    def _write_index(self, image: Image) -> None:
+    def _write_index(self, image: Image) -> bool:
+        """Whether it had to be fetched."""
         path = self.image_path(image.digest, "erofs")
         part = Part.open(path)
-        if part is not None:
-            with part:
-                _ = image.index  # checks that its devices are the manifest's packs
-                data = image.index_bytes()
-                self.room.reserve(len(data))
-                part.write(data, 0)
-                part.commit()
-
-    def _keep(self, path: Path, digest: str, size: int, store: Store) -> None:
-        with storage(path):
-            if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
-                return
-        self.room.reserve(size)
-        replace_file(path, read_blob(store, digest, size, limit=MANIFEST_LIMIT))
+        if part is None:
+            return False
+        with part:
+            data = image.index.buffer  # its devices were compared with the manifest's packs
+            self.room.reserve(len(data))
+            part.write(data, 0)
+            part.commit()
+        return True
 
     # --- packs -------------------------------------------------------------------------------------------------------
 
@@ -266,6 +279,10 @@ class HostCache:
         if files is None:
             raise NotFoundError(f"{self.root}: no pack {pack}", hint="run `erofsgen pull` again")
         return files
+
+    def toc(self, pack: Pack) -> Toc:
+        """A pack's table of contents. Raises NotFoundError, IntegrityError, StorageError."""
+        return self._toc(pack, self.files(pack.hex))
 
     def open_object(self, pack: Pack, map: Path, descriptor: int) -> ObjectFile:  # noqa: A002  (its word)
         """A pack's object in the kernel's own cache, see :class:`ObjectFile`. Raises as :meth:`open_pack` does."""
@@ -395,6 +412,14 @@ class HostCache:
                 if not presence.complete:
                     return False
         return True
+
+
+def _read_document(store: Store, path: Path, digest: str, size: int) -> bytes | None:
+    """A manifest or config from the store, None where ``path`` has it already."""
+    with storage(path):
+        if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
+            return None
+    return read_blob(store, digest, size, limit=MANIFEST_LIMIT)
 
 
 def pack_frames(files: PackFiles) -> int:
