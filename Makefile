@@ -35,7 +35,7 @@ vmtest-all: setup ## Run the kernel tests on every kernel and write docs/conform
 
 bench: setup ## Run every benchmark (makes 5 GB of images the first time); ARGS=--quick for a smoke run
 	@packaging/setup bench
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' </dev/null
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench,plot]' </dev/null
 	@for script in $(BENCHES); do $(VENV)/bin/python "$$script" $(ARGS) || exit; done
 
 clean: ## Unmount what was left mounted, remove .cache, .venv and tool caches

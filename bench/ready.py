@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,34 +52,19 @@ from rich.console import Console
 from rich.table import Table
 
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.profiles import HostProfiles
 from erofsgen.host.pull import complete
 from erofsgen.profile.chunks import Chunks
+from erofsgen.profile.naming import command_name
+from erofsgen.profile.png import draw_png
 from erofsgen.profile.profile import Profile
 from erofsgen.profile.trace import Trace
 from erofsgen.store.image import Image as Built
 from erofsgen.store.open import open_store
 
-try:  # INTERIM
-    from erofsgen.host.profiles import HostProfiles
-    from erofsgen.profile.naming import command_name
-except ImportError:
-    HostProfiles = command_name = None
-_HELP = "".join(
-    subprocess.run([EROFSGEN, *words, "--help"], capture_output=True, text=True).stdout  # INTERIM
-    for words in ((), ("run",))
-)
-HAS_PREFETCH, HAS_PROFILE, HAS_OPTIMIZE = "--prefetch" in _HELP, "\n  profile " in _HELP, "\n  optimize " in _HELP
-
 CONTAINERD, PACKS, NOTHING, HEURISTICS, PROFILE, OPTIMIZED, LOCAL = WAYS = (
     "containerd", "packs", "nothing ahead", "heuristics", "profile", "optimized", "everything local",
 )  # fmt: skip
-WAYS = tuple(  # INTERIM
-    way
-    for way in WAYS
-    if (HAS_PREFETCH or way not in (HEURISTICS, PROFILE, OPTIMIZED))
-    and (HAS_PROFILE or way not in (PROFILE, OPTIMIZED))
-    and (HAS_OPTIMIZE or way != OPTIMIZED)
-)
 PREFETCH = {NOTHING: "none", HEURISTICS: "heuristics", PROFILE: "profile", OPTIMIZED: "profile"}
 JUDGED = 20
 """Milliseconds of latency that the goals are about."""
@@ -238,7 +224,12 @@ class ReadyBench(Bench):
             begun = time.perf_counter()
             first()
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment,
+                start_new_session=True,
             )
             try:
                 if port:
@@ -248,8 +239,9 @@ class ReadyBench(Bench):
                 seconds = time.perf_counter() - begun
                 failed = process.poll() not in (None, 0)
             finally:
-                process.terminate()
-                process.wait(_PATIENCE)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, so that `profile record` sees its end
+                    process.wait(_PATIENCE)
             if failed:
                 output.seek(0)
                 said = output.read().decode(errors="replace")
@@ -289,15 +281,13 @@ class ReadyBench(Bench):
         container = prepared.container
         name = prepared.optimized if way == OPTIMIZED else prepared.name
         options = ["--eager"] if way == PACKS else ["--prefetch", PREFETCH.get(way, "none")]
-        if not HAS_PREFETCH and way != PACKS:  # INTERIM
-            options = []
         host = EmptyHost(prepared.local if way == LOCAL else self.place(), keep=way == LOCAL)
         with host:
             self.settle()
             since = time.time()
             seconds = self.start(container, lambda port: self.lazily(store, host.root, name, container, port, *options))
             fetched = host.engine()["bytes_fetched"]
-            trace = None if way == PACKS or not HAS_PREFETCH else self.trace(host, name, container, since)
+            trace = None if way in (PACKS, LOCAL) else self.trace(host, name, container, since)
         if trace is None:
             return Start(seconds, fetched)
         waited, brought = trace.touches["waited"], trace.brought
@@ -398,18 +388,18 @@ def judge(bench: ReadyBench, name: str, found: dict[str, list[Start]]) -> None:
 
 def draw(bench: ReadyBench, prepared: Prepared, found: dict[str, list[Start]], place: Path) -> None:
     """A picture of the first start of every lazy way, and the traces that it shows."""
-    from erofsgen.profile.png import draw_png
-
     place.mkdir(parents=True, exist_ok=True)
     store = open_store(bench.store_url())
-    known = {name: Chunks(Built.open(store, name).index) for name in (prepared.name, prepared.optimized)}
+    known: dict[str, Chunks] = {}
     drawn: list[tuple[str, Trace, Chunks | None]] = []
     for way, some in found.items():
         trace = some[0].trace
         if trace is not None:
             (place / f"{prepared.name}-{way.replace(' ', '-')}.trace").write_bytes(trace.encode())
-            chunks = known[prepared.optimized if way == OPTIMIZED else prepared.name]
-            drawn.append((f"{prepared.name}, {JUDGED} ms: {way}", trace, chunks))
+            image = prepared.optimized if way == OPTIMIZED else prepared.name
+            if image not in known:
+                known[image] = Chunks(Built.open(store, image).index)
+            drawn.append((f"{prepared.name}, {JUDGED} ms: {way}", trace, known[image]))
     draw_png(drawn, place / f"waterfall-{prepared.name}.png")
 
 
@@ -456,7 +446,7 @@ def bytecode(bench: ReadyBench) -> None:
         for what, some in (
             ("unset", unset),
             ("set", with_it),
-            ("unset, not in the other recording of the same", less(unset, again)),
+            ("unset, not when that was repeated", less(unset, again)),
             ("unset only", less(less(unset, with_it), less(unset, again))),
             ("set only", less(with_it, {**unset, **again})),
         ):
