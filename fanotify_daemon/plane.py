@@ -121,7 +121,9 @@ class Plane:
         if pack.ready(event.offset, event.length):
             self._respond(protocol.allow(event.fd))
             os.close(event.fd)
+            self._supervisor.touched(pack.hex, event.offset, event.length, event.pid)
         else:
+            self._supervisor.touched(pack.hex, event.offset, event.length, event.pid, event.fd)
             if pack.descriptor < 0:
                 pack.descriptor = os.dup(event.fd)
             self._supervisor.missing(event.fd, pack.hex, event.offset, event.length)
@@ -150,12 +152,15 @@ class Plane:
             pack = MarkedPack(path, self._read_ahead)
             pack.descriptor = os.dup(descriptor)
         except ErofsgenError as error:
-            _logger.error("%s: reads fail: %s", path, error)
+            _logger.error("%s: reads fail: %s", path, error, extra={"pack": path.stem})
             return None
         self._packs[pack.inode] = pack
         return pack
 
     # --- packs -------------------------------------------------------------------------------------------------------
+
+    def through(self, packs: Sequence[str]) -> None:  # noqa: ARG002
+        return None
 
     def introduce(self, pack: str) -> Introduction | None:
         """The descriptor of an event, which writes without raising any."""
@@ -238,7 +243,10 @@ class Plane:
         """Take the mark off a pack that is complete or that nothing uses, and forget it."""
         if self._closing or pack.making or pack.inode in self._probing:
             return
-        if not pack.complete and not (pack.descriptor >= 0 and linux.sole_user(pack.descriptor)):
+        if pack.complete:
+            if not self._supervisor.cannot_see(pack.hex):
+                return
+        elif not (pack.descriptor >= 0 and linux.sole_user(pack.descriptor)):
             return
         with suppress(OSError):  # the file is gone, and the mark with it
             descriptor = os.open(pack.data, os.O_RDONLY | os.O_CLOEXEC)

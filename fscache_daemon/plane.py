@@ -204,12 +204,14 @@ class Plane:
             pack.look()
             ready = pack.truly_ready(message.offset, message.length)
         except (ErofsgenError, OSError) as error:
-            self._supervisor.failed(f"pack {pack.hex}: {error}")
+            self._supervisor.failed(f"pack {pack.hex}: {error}", pack.hex)
             self._device.complete(pack.descriptor, message.message)
             return
         if ready:
             self._device.complete(pack.descriptor, message.message)
+            self._supervisor.touched(pack.hex, message.offset, message.length, 0)
         else:
+            self._supervisor.touched(pack.hex, message.offset, message.length, 0, message.message)
             self._waiting[message.message] = pack
             self._supervisor.missing(message.message, _name(message.object, pack), message.offset, message.length)
         for _, offset, length in pack.read(message.offset, message.length):
@@ -252,6 +254,14 @@ class Plane:
         self._objects.used(found.key)
 
     # --- packs -------------------------------------------------------------------------------------------------------
+
+    def through(self, packs: Sequence[str]) -> list[str | None]:
+        names = {
+            found.key.cookie: _name(number, found)
+            for number, found in self._open.items()
+            if isinstance(found, OpenPack)
+        }
+        return [names.get(pack) for pack in packs]
 
     def introduce(self, pack: str) -> Introduction | None:
         """The object's own descriptor, which writes only; or that of a data file of the host cache."""

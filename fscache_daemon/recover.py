@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from erofsgen.errors import ErofsgenError, StorageError
-from erofsgen.host import linux
+from erofsgen.host import linux, logs
 from erofsgen.host.cache.objects import Objects, Stored
 from erofsgen.host.cache.presence import Presence
 
@@ -99,7 +99,10 @@ def _recover_pack(objects: Objects, stored: Stored, toc: Toc) -> None:
             linux.punch_hole(file.fileno(), int(toc.device_offsets[frame]), int(toc.device_sizes[frame]))
         presence.make_durable(lambda: os.fdatasync(file.fileno()))
     if wrong:
-        _logger.warning("%s: %d frames of an earlier boot are not right; they come anew", stored.file, len(wrong))
+        _logger.warning(
+            "%s: %d frames of an earlier boot are not right; they come anew", stored.file, len(wrong),
+            extra={"pack": stored.of},
+        )  # fmt: skip
 
 
 def _recover_index(cache: HostCache, objects: Objects, stored: Stored) -> None:
@@ -135,7 +138,7 @@ def main() -> None:
     """See the module."""
     from erofsgen.host.cache.cache import HostCache
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     recover(HostCache(Path(sys.argv[1])))
 
 

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import mmap
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
@@ -25,6 +26,7 @@ import trio
 from erofsgen.erofs.node import Extent
 from erofsgen.errors import ErofsgenError, StorageError
 from erofsgen.host import linux
+from erofsgen.host.daemon import recorder
 from erofsgen.host.daemon.lazypack import LazyPack
 from fusefallback.link import Asked, Link
 from fusefallback.tuning import Tuning
@@ -85,6 +87,8 @@ class ServedPack(LazyPack):
         self.memory = memoryview(self._map)
         self._address = np.frombuffer(self._map, np.uint8).ctypes.data
         self.whole = self.complete
+        self.touched: set[int] = set()
+        """Pages at which reads of what was there began that the supervisor knows of."""
 
     def is_in_memory(self, offset: int, length: int) -> bool:
         """Whether a range can be read without the disk, as far as the kernel tells: cachestat(2), mincore(2)."""
@@ -111,6 +115,7 @@ class Content:
         self._packs = packs
         self._mapped: set[ServedPack] = set()
         self._mapped_bytes = 0
+        self._told_until = time.monotonic() + recorder.SECONDS
 
     async def read(self, pieces: Sequence[Piece]) -> Bytes:
         """Pieces one behind the other. Raises FUSEError, with EIO."""
@@ -125,7 +130,8 @@ class Content:
                     joined[at : at + piece.length] = await self._read(piece)
                 at += piece.length
         except (ErofsgenError, OSError) as error:
-            _logger.error("read failed: %s", error)
+            packs = [self._packs[piece.device - 1].hex for piece in pieces if piece.device]
+            _logger.error("read failed: %s", error, extra={"mount": self._link.mount, "packs": packs})
             raise pyfuse3.FUSEError(errno.EIO) from error
         return joined
 
@@ -134,10 +140,16 @@ class Content:
         missing: list[tuple[Piece, Asked]] = []
         for piece in pieces:
             device, start, length = piece
-            if device and not self._packs[device - 1].whole:
-                pack = self._packs[device - 1]
+            if not device:
+                continue
+            pack = self._packs[device - 1]
+            if pack.whole:
+                self._touched(pack, start, length)
+            else:
                 if not pack.ready(start, length):
                     missing.append((piece, self._link.ask(pack.hex, start, length)))
+                else:
+                    self._touched(pack, start, length)
                 following = self._packs[device] if device < len(self._packs) else None
                 for other, offset, size in pack.read(start, length, following):
                     self._link.ahead(other.hex, offset, size)
@@ -149,6 +161,13 @@ class Content:
             if not pack.ready(start, length):
                 raise StorageError(f"pack {pack.hex}: bytes {start}+{length} were brought, but are not there")
             pack.whole = pack.complete
+
+    def _touched(self, pack: ServedPack, start: int, length: int) -> None:
+        """Tell of the first read of what is there: that is what its image's profile is made of."""
+        place = start // _PAGE
+        if place not in pack.touched and time.monotonic() < self._told_until:
+            pack.touched.add(place)
+            self._link.touched(pack.hex, start, length)
 
     async def _read(self, piece: Piece) -> Bytes:
         device, start, length = piece

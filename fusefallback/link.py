@@ -7,6 +7,7 @@
            ── {"do": "fill", "key": 7, "pack": …, "offset": …, "length": …} ──►
            ◄── {"key": 7, "error": null, or why not} ───
            ── {"do": "ahead", "pack": …, "offset": …, "length": …} ──►
+           ── {"do": "touch", "pack": …, "offset": …, "length": …} ──►    what was there, the first time it is read
 
 The supervisor may die and be replaced at any time: the socket that it listens at outlives it. All that waits is told to
 the next one. Where there is none, reads of what is missing fail.
@@ -40,7 +41,7 @@ class Link:
 
     def __init__(self, root: Path, mount: str) -> None:
         self._root = root
-        self._mount = mount
+        self.mount = mount
         self._keys = itertools.count(1)
         self._waiting: dict[int, Asked] = {}
         self._channel: Channel | None = None
@@ -57,7 +58,7 @@ class Link:
         try:
             with address_of(self._root, SOCKET) as address:
                 end.connect(address)
-            channel.send({"do": "hello", "mount": self._mount})
+            channel.send({"do": "hello", "mount": self.mount})
             with trio.fail_after(_HELLO):
                 await trio.lowlevel.wait_readable(end)
             received = channel.receive()
@@ -104,6 +105,10 @@ class Link:
         """Have a range brought that nobody waits for yet."""
         self._send({"do": "ahead", "pack": pack, "offset": offset, "length": length})
 
+    def touched(self, pack: str, offset: int, length: int) -> None:
+        """Tell of a read of what is there."""
+        self._send({"do": "touch", "pack": pack, "offset": offset, "length": length})
+
     def _send(self, message: Message) -> None:
         if self._channel is not None:
             try:
@@ -149,7 +154,7 @@ class Link:
         try:
             await self.connect()
         except ErofsgenError as error:
-            _logger.error("%s", error)
+            _logger.error("%s", error, extra={"mount": self.mount})
             for waiting in self._waiting.values():
                 waiting.error = str(error)
                 waiting.answered.set()

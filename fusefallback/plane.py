@@ -133,6 +133,8 @@ class Plane:
             case "hello":
                 server.mount = str(message["mount"])
                 self._say(server, {"deadline": self._supervisor.deadline, "read_ahead": self._read_ahead})
+            case "touch":
+                self._supervisor.touched(*_range(message), 0, None, server.mount)
             case "fill":
                 self._fill(server, int(message["key"]), *_range(message))
             case "ahead":
@@ -145,12 +147,13 @@ class Plane:
     def _fill(self, server: _Server, theirs: int, pack: str, offset: int, length: int) -> None:
         error = self._use(server, pack)
         if error is not None:
-            self._supervisor.failed(error)
+            self._supervisor.failed(error, pack)
             self._say(server, {"key": theirs, "error": error})
             return
         key = next(self._keys)
         self._asked[key] = server, theirs
         server.waiting[theirs] = key
+        self._supervisor.touched(pack, offset, length, 0, key, server.mount)
         self._supervisor.missing(key, pack, offset, length)
 
     def answer(self, key: int, *, failed: bool) -> None:
@@ -170,7 +173,7 @@ class Plane:
         with suppress(OSError):
             if server in self._servers and not server.channel.flush():
                 if len(server.channel) > _DEAF:
-                    _logger.error("the server of %s does not listen", server.mount)
+                    _logger.error("the server of %s does not listen", server.mount, extra={"mount": server.mount})
                     self._gone(server)
                     return
                 server.is_behind = True
@@ -201,6 +204,9 @@ class Plane:
     def _leave(self, user: Hashable) -> None:
         for pack in self._writers.leave(user):
             self._supervisor.forget(pack)
+
+    def through(self, packs: Sequence[str]) -> None:  # noqa: ARG002
+        return None
 
     def introduce(self, pack: str) -> Introduction | None:
         """The data file, open for writing."""

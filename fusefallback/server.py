@@ -34,6 +34,7 @@ import msgspec
 
 from erofsgen import __version__
 from erofsgen.errors import BusyError, ErofsgenError
+from erofsgen.host import logs
 from erofsgen.host.daemon.control import listen
 from erofsgen.host.mount.fuse import SERVERS
 from fusefallback.serving import Order, serve
@@ -85,7 +86,7 @@ def _become_server(connection: socket.socket, order: Order, device: int) -> NoRe
     except ErofsgenError as error:
         _say(connection, {"error": str(error), "kind": type(error).__name__, "hint": error.hint})
     except BaseException:
-        _logger.exception("server %d of %s", os.getpid(), order.mount)
+        _logger.exception("server %d of %s", os.getpid(), order.mount, extra={"mount": order.mount})
     os._exit(code)
 
 
@@ -110,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--root", type=Path, required=True)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # two files for every pack
     try:

@@ -21,6 +21,8 @@ ENVIRONMENT = (
     ("EROFSGEN_STORE", "The store, where --store is not given."),
     ("EROFSGEN_ROOT", "The directory of host state, where --root is not given."),
     ("EROFSGEN_CONFIG", "The configuration file, where --config is not given."),
+    ("EROFSGEN_METRICS", "Where daemons serve metrics, where --metrics is not given; a path has to be absolute."),
+    ("EROFSGEN_LOG_FORMAT", "How daemons write their log, text or json, where --log-format is not given."),
     ("XDG_DATA_HOME", "Where the defaults of both lie for everybody but root; ~/.local/share if it is not set."),
     ("TZ", "The time zone of listings."),
 )

@@ -23,6 +23,7 @@ from erofsgen.errors import IntegrityError, UnsupportedError
 from erofsgen.oci.layer import Entry
 from erofsgen.oci.merge import Merger
 from erofsgen.pack.reader import PackReader
+from erofsgen.profile.carry import PLACE, Places, prefixes
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import open_pack
 from erofsgen.store.manifest import (
@@ -96,23 +97,22 @@ class Assembler:
         used = _used(self.root)
         table = self._gather(table, used, packer)
         order, slots = self._slots(table, used)
-        places = np.zeros(len(table), CHUNK_DTYPE)
-        places["device"] = slots[table["pack"]]
-        places["block"] = table["block"]
-        places[HOLE] = 0
+        chunks = np.zeros(len(table), CHUNK_DTYPE)
+        chunks["device"] = slots[table["pack"]]
+        chunks["block"] = table["block"]
+        chunks[HOLE] = 0
         packs = [self.packs[number] for number in order]
         devices = [
             Device(pack.digest.removeprefix("sha256:"), int(pack.annotations[DEVICE_SIZE]) // BLOCK) for pack in packs
         ]
         fingerprints = _Fingerprints(table["digest"].tobytes()) if self._options.share_pages else None
         index = bytes(
-            write_index(self.root, places, devices, chunk_size=self._options.chunk_size, fingerprints=fingerprints)
+            write_index(self.root, chunks, devices, chunk_size=self._options.chunk_size, fingerprints=fingerprints)
         )
-        packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=self._options.worker_threads).compress(index)
-        digest, size = self._store.put(packed)
-        descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), INDEX_HOLES: HOLES_AT_END})
+        descriptor = put_index(self._store, index, self._options, {INDEX_HOLES: HOLES_AT_END})
         inodes = Superblock(*SUPER.unpack_from(index, SUPER_OFFSET)).inos
-        return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()))
+        places = Places([device.tag for device in devices], _places(table[used], slots))
+        return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()), places)
 
     def _gather(self, table: np.ndarray, used: npt.NDArray[np.int64], packer: Packer) -> np.ndarray:
         """Write again the used chunks of packs that give the image too little; returns the table with new places."""
@@ -166,13 +166,22 @@ class Assembler:
 
 
 class Assembled(msgspec.Struct, frozen=True):
-    """The index and packs of an image, all in the store. Sizes in bytes; ``unique_bytes`` counts each chunk once."""
+    """The index and packs of an image, all in the store. Sizes in bytes; ``unique_bytes`` counts each chunk once;
+    ``places`` is where its chunks lie."""
 
     index: Descriptor
     packs: list[Descriptor]
     inodes: int
     index_size: int
     unique_bytes: int
+    places: Places
+
+
+def put_index(store: Store, index: bytes, options: BuildOptions, annotations: dict[str, str]) -> Descriptor:
+    """Store an index; returns its descriptor, with its size and ``annotations``."""
+    packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=options.worker_threads).compress(index)
+    digest, size = store.put(packed)
+    return Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), **annotations})
 
 
 def write_manifest(
@@ -226,6 +235,16 @@ def _renumber(entries: Iterable[Entry], base: int) -> None:
         inode = entry.inode
         if inode is not None and inode.chunks:
             inode.chunks = tuple([number + base if number else HOLE for number in inode.chunks])
+
+
+def _places(rows: np.ndarray, slots: npt.NDArray[np.uint16]) -> npt.NDArray[np.void]:
+    """Rows of :data:`CHUNK_ROW` as rows of :data:`PLACE`; ``slots`` maps their packs to device slots."""
+    chunks = np.zeros(len(rows), PLACE)
+    chunks["pack"] = slots[rows["pack"]] - 1
+    for name in ("block", "length"):
+        chunks[name] = rows[name]
+    chunks["digest"] = prefixes(rows["digest"])
+    return chunks
 
 
 def _used(root: Inode) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Garbage collection of a store: whatever no named image reaches is deleted."""
+"""Garbage collection of a store: whatever no named image reaches is deleted. Profiles stay as long as their image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import msgspec
 
 from erofsgen.build.dictionary import Dictionary
 from erofsgen.build.record import record_packs
+from erofsgen.errors import FormatError, NotFoundError
 from erofsgen.progress import SILENT, Progress
+from erofsgen.store import profiles
 from erofsgen.store.base import Store
 from erofsgen.store.image import Image
 
@@ -24,7 +26,8 @@ _THREADS: Final = 8
 
 
 class GcResult(msgspec.Struct, frozen=True):
-    """What was deleted, or would be in a dry run. ``bytes`` counts the blobs' stored sizes."""
+    """What was deleted, or would be in a dry run. ``bytes`` counts the blobs' stored sizes, ``profiles`` the images
+    that are gone beside which profiles lay."""
 
     blobs: int
     bytes: int
@@ -32,6 +35,7 @@ class GcResult(msgspec.Struct, frozen=True):
     kept_blobs: int
     kept_bytes: int
     dry_run: bool
+    profiles: int = 0
 
 
 def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress: Progress = SILENT) -> GcResult:
@@ -47,12 +51,14 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
         ThreadPoolExecutor(_THREADS, "gc") as pool,
     ):
         reached = _reached(store, pool)
+        lonely = _profiles(store, pool, reached)
         blobs = {digest: size for digest, size in store.blobs() if _DIGEST.fullmatch(digest)}
         garbage = blobs.keys() - reached
         records = list(store.records())
         found = pool.map(lambda key: _stale(store, key, garbage), records)
         stale = [key for key, is_stale in zip(records, found, strict=True) if is_stale]
         if not dry_run:
+            deque(pool.map(lambda image: profiles.forget(store, image), lonely), 0)
             # first: a record that outlived its packs would be found useless later, one by one
             deque(pool.map(store.delete_record, stale), 0)
             deque(pool.map(store.delete, garbage), 0)
@@ -69,6 +75,7 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
             kept_blobs=len(blobs) - len(garbage),
             kept_bytes=sum(blobs.values()) - freed,
             dry_run=dry_run,
+            profiles=len(lonely),
         )
 
 
@@ -79,6 +86,28 @@ def _reached(store: Store, pool: ThreadPoolExecutor) -> set[str]:
         reached.add(image.manifest.config.digest)
         reached.update(layer.digest for layer in image.manifest.layers)
     return reached
+
+
+def _profiles(store: Store, pool: ThreadPoolExecutor, reached: set[str]) -> list[str]:
+    """Adds to ``reached`` what lies beside the images in it; beside which others something lies. That goes with them,
+    and what is damaged goes, too: it is a hint, and what it was cannot be known."""
+    profiled = sorted(store.profiled())
+    lonely = [image for image in profiled if image not in reached]
+    staying = [image for image in profiled if image in reached]
+
+    def beside(image: str) -> set[str] | None:
+        try:
+            found = profiles.find(store, image)
+            return set(profiles.blobs(found)) if found else set()
+        except (FormatError, NotFoundError):
+            return None
+
+    for image, found in zip(staying, pool.map(beside, staying), strict=True):
+        if found is None:
+            lonely.append(image)
+        else:
+            reached |= found
+    return lonely
 
 
 def _stale(store: Store, key: str, gone: Set[str]) -> bool:

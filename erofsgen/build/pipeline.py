@@ -1,21 +1,23 @@
 """The whole way of an image into a store: layers to records, records to an index and packs, a name at the end.
 
-Nothing is visible under a name until everything it needs is durable. A build that stops half-way leaves blobs that no
-reference reaches (``gc`` removes them) and the records of the layers it finished, from which the next one goes on.
+Nothing is visible under a name until everything it needs is durable. Profiles of an earlier build of the image, if any,
+come last. A build that stops half-way leaves blobs that no reference reaches (``gc`` removes them) and the records of
+the layers it finished, from which the next one goes on.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import msgspec
 
+from erofsgen.build import guess, profiles
 from erofsgen.build import record as records
 from erofsgen.build.assemble import Assembler, write_manifest
 from erofsgen.build.convert import Converter, Counts
+from erofsgen.build.cycles import no_cycle_collection
 from erofsgen.build.dictionary import Dictionary, stored
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
@@ -41,6 +43,8 @@ class BuildResult(msgspec.Struct, frozen=True):
     ``layers``, ``reused_layers``  layers of the source; how many came from layer records
     ``file_bytes``          file data read; ``new_bytes`` of it were new, ``deduplicated_bytes`` were in a pack already
     ``unique_bytes``        file data of the image, every chunk counted once
+    ``profiles``            taken over from an earlier build of the image
+    ``guessed``             whether what its own command will read was guessed
     """
 
     name: str
@@ -58,6 +62,8 @@ class BuildResult(msgspec.Struct, frozen=True):
     deduplicated_bytes: int
     unique_bytes: int
     seconds: float
+    profiles: int = 0
+    guessed: bool = False
 
 
 def build_image(
@@ -78,12 +84,12 @@ def build_image(
     name = tag or store.called(source.name)
     store.check_name(name)
     with ExitStack() as stack:
-        stack.enter_context(_no_cycle_collection())
+        stack.enter_context(no_cycle_collection())
         stack.enter_context(store.building())
-        before = stored(store)
+        there = stored(store)
         dictionary = None
         if options.dedup:
-            dictionary = Dictionary(store.dictionary, store, before)
+            dictionary = Dictionary(store.dictionary, store, there)
             stack.callback(dictionary.close)
         packer = stack.enter_context(
             Packer(
@@ -104,7 +110,10 @@ def build_image(
         if source.subject is not None:
             subject = Descriptor(source.subject.media_type, source.subject.digest, source.subject.size)
         manifest = write_manifest(store, assembled, source.config, subject, options)
+        earlier = profiles.earlier(store, name)
         store.tag(name, manifest)
+        inherited = profiles.inherit(store, earlier, manifest, assembled.places)
+        guessed = options.guess and guess.lay_beside(store, name, manifest)
         counts = build.counts
         return BuildResult(
             name=name,
@@ -113,7 +122,7 @@ def build_image(
             index_size=assembled.index_size,
             index_stored=assembled.index.size,
             packs=len(assembled.packs),
-            new_packs=sum(pack.digest not in before for pack in assembled.packs),
+            new_packs=sum(pack.digest not in there for pack in assembled.packs),
             pack_bytes=sum(pack.size for pack in assembled.packs),
             layers=len(source.layers),
             reused_layers=build.reused,
@@ -122,6 +131,8 @@ def build_image(
             deduplicated_bytes=counts.deduplicated_bytes,
             unique_bytes=assembled.unique_bytes,
             seconds=time.monotonic() - started,
+            profiles=inherited,
+            guessed=guessed,
         )
 
 
@@ -178,15 +189,3 @@ class _Build:
     def _convert(self, reader: Iterable[tuple[Entry, FileData | None]], what: str) -> LayerRecord:
         with self._progress.task(what) as task:
             return self._converter.convert(reader, task)
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """A build makes millions of objects and no cycles worth collecting; scanning them again and again costs a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

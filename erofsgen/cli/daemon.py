@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from erofsgen.cli.observing import observing_options, told
 from erofsgen.cli.shared import Settings, Size, cache_options, verb
 from erofsgen.errors import NotFoundError
 from erofsgen.host.daemon.planes import LAZY
@@ -48,6 +49,7 @@ def daemon_options(function: F) -> F:
             "--force", is_flag=True,
             help="With --stop: although images are mounted; what is missing gives EIO.",
         ),
+        observing_options,
         cache_options,
     )):  # fmt: skip
         function = option(function)
@@ -63,6 +65,7 @@ def serve(settings: Settings, plane: str, plane_options: Mapping[str, object], o
 
     load()  # what is wrong with it is for the user to see, not for the worker's log
     settings.cache()
+    told(options["metrics"], settings.root)
     worker = {name: options[name] for name in ("threads", "memory", "scrub")}
     worker["complete-at"] = options["complete_at"] / 100
     arguments = {"root": settings.root, "plane": plane}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from erofsgen.cli.observing import observing_options, told
 from erofsgen.cli.shared import Settings, Size, cache_options, image_argument, verb
 from erofsgen.errors import NotFoundError, StorageError
 
@@ -20,8 +21,11 @@ from erofsgen.errors import NotFoundError, StorageError
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--allow-other", is_flag=True, help="Not for this user alone; root's mounts are for all.")
 @click.option("--read-ahead", type=Size(), metavar="SIZE", help="What the kernel reads ahead; by default what is best.")
+@observing_options
 @cache_options
-def command(settings: Settings, image: str, target: Path, allow_other: bool, read_ahead: int | None) -> None:
+def command(
+    settings: Settings, image: str, target: Path, allow_other: bool, read_ahead: int | None, metrics: str | None
+) -> None:
     """Serve an image on DIR over FUSE, until interrupted.
 
     Needs neither root nor EROFS. What `erofsgen mount --plane fuse` does in the background: SIGINT and SIGTERM unmount,
@@ -31,7 +35,9 @@ def command(settings: Settings, image: str, target: Path, allow_other: bool, rea
     from erofsgen.host.mount.mounts import mount, mounts, unmount
     from erofsgen.host.pull import find
 
-    found = find(settings.cache(), settings.store, image)
+    cache = settings.cache()
+    told(metrics, settings.root, insist=True)
+    found = find(cache, settings.store, image)
     with settings.progress() as progress:
         info = mount(
             found,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erofsgen.cli.shared import Settings, image_argument, known_name, verb
+from erofsgen.cli.shared import Settings, image_argument, verb
 
 
 @verb(json=True)
@@ -10,14 +10,12 @@ from erofsgen.cli.shared import Settings, image_argument, known_name, verb
 def command(settings: Settings, images: tuple[str, ...]) -> None:
     """Remove images from the store.
 
-    Only names go; `erofsgen gc` frees the space that no other image needs. A digest removes all its names.
+    Only names go, and with an image's last name its profiles'; `erofsgen gc` frees the space that no other image needs.
+    A digest removes all its names.
     """
     from erofsgen.cli import output
-    from erofsgen.store.inspect import tags
+    from erofsgen.store.remove import remove
 
-    store = settings.open_store(change=True)
-    names = list(dict.fromkeys(tag for image in images for tag in tags(store, known_name(store, image))))
-    for name in names:
-        store.untag(name)
+    names = remove(settings.open_store(change=True), images)
     if settings.json:
         output.document({"removed": names})

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from erofsgen.cli.shared import Settings, image_argument, plane_options, verb
+from erofsgen.cli.shared import Settings, image_argument, plane_options, start_options, verb
 from erofsgen.errors import UsageError
+
+if TYPE_CHECKING:
+    from erofsgen.host.prefetch.start import Mode
 
 
 @verb()
@@ -38,6 +42,7 @@ from erofsgen.errors import UsageError
     "--runtime", default="auto", metavar="auto|runc|crun|PATH", help="OCI runtime; auto is the first that works here."
 )
 @plane_options
+@start_options
 @click.option("-t", "--tty", is_flag=True, help="Give the container a terminal.")
 @click.option("-i", "--interactive", is_flag=True, help="Give it standard input; otherwise it reads nothing.")
 @click.option("--rm", is_flag=True, help="Remove the container when it has ended. It is always so.")
@@ -59,6 +64,8 @@ def command(
     runtime: str,
     eager: bool,
     plane: str,
+    prefetch: Mode | None,
+    profile: str | None,
     tty: bool,
     interactive: bool,
     rm: bool,  # noqa: ARG001  (accepted, as podman's users type it)
@@ -78,6 +85,7 @@ def command(
         raise UsageError("--rw and --read-only contradict each other")
     from erofsgen.host.container.bundle import Options, Volume
     from erofsgen.host.container.run import run
+    from erofsgen.host.prefetch.start import wanted_recording
     from erofsgen.host.pull import find
 
     found = find(settings.cache(), settings.store, image)
@@ -93,6 +101,7 @@ def command(
         read_only=read_only,
         terminal=tty,
     )
+    token, recorded_as = wanted_recording()
     return run(
         found,
         options,
@@ -102,6 +111,9 @@ def command(
         upper=upper,
         runtime=runtime,
         interactive=interactive,
+        prefetch=prefetch or ("none" if token else "auto"),
+        profile=profile or recorded_as,
+        token=token,
         progress=settings.progress(),
     )
 

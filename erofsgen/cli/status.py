@@ -56,6 +56,8 @@ def _print(facts: dict[str, Any]) -> None:
         for name, source in engine["sources"].items():
             kind = "store" if source["level"] is None else "tier"
             rows.append((kind, f"{output.printable(name)}: {_of_source(source)}"))
+    if facts.get("metrics"):
+        rows.append(("metrics", output.printable(facts["metrics"])))
     output.facts(rows)
     for error in facts["errors"]:
         output.line(f"{_when(error['at'])} {output.one_line(error['error'])}")

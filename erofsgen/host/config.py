@@ -18,6 +18,9 @@ TOML. ``EROFSGEN_CONFIG`` names it; otherwise it is ``/etc/erofsgen/config.toml`
 
     [origin]
     timeout = 10.0
+
+    [prefetch]
+    bytes = 4294967296
 """
 
 from __future__ import annotations
@@ -87,12 +90,30 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hedge: bool = True
 
 
+class Prefetch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[prefetch]``: what is brought ahead of a start, and what is recorded of it.
+
+    - ``bytes``: device bytes of one start at most; 0: no limit.
+    - ``seconds``: after the mount, within which frames are asked for; 0: no limit.
+    - ``bandwidth``: device bytes a second of one start; 0: no limit.
+    - ``confidence``: the share of the runs that must have touched a chunk.
+    - ``record``: whether every lazy mount is recorded.
+    """
+
+    bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 120.0
+    bandwidth: Annotated[int, msgspec.Meta(ge=0)] = 0
+    confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    record: bool = True
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file. ``store``: the default of ``--store``."""
 
     store: str | None = None
     tier: list[Tier] = []
     origin: Origin = Origin()
+    prefetch: Prefetch = Prefetch()
 
     def level(self, tier: Tier) -> int:
         """A tier's level, given or by its place."""
@@ -148,13 +169,16 @@ def _explain(message: str) -> str:
     """What msgspec says, with the key first and in TOML's words."""
     text, _, key = message.partition(" - at `$")
     key = key.rstrip("`").lstrip(".")
-    kind: Any = Tier if key.startswith("tier[") else Origin if key == "origin" else Config
+    kind: Any = Tier if key.startswith("tier[") else _TABLES.get(key, Config)
     unknown = _FIELD.fullmatch(text)
     if unknown:
         text = f"unknown key {unknown[1]!a}; there are {', '.join(kind.__struct_encode_fields__)}"
     text = text.replace("Object missing required field", "lacks the key").replace("Expected", "expected")
     text = text.replace(" | null`", "`").replace("`array`", "an array").replace("`object`", "a table")
     return f"{key}: {text}" if key else text
+
+
+_TABLES: Final = {"origin": Origin, "prefetch": Prefetch}
 
 
 def _problems(config: Config) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
@@ -23,6 +23,7 @@ import numpy.typing as npt
 import zstandard
 
 from erofsgen.errors import FormatError
+from erofsgen.store.profiles import COMMAND_LIMIT
 
 ROW: Final = np.dtype([
     ("pack", "<u2"), ("block", "<u4"), ("length", "<u4"), ("digest", "V8"), ("first", "<u4"), ("seen", "<f4"),
@@ -47,13 +48,18 @@ _LEVEL: Final = 9
 _FORGOTTEN: Final = 1 / 64
 """A row that fewer runs than this share have touched is dropped."""
 _NO_DIGEST: Final = np.zeros(1, "V8")[0]
+_PACKS: Final = 0xFFFF
+"""Packs of an image at most, EROFS's limit of devices."""
+_REASONS: Final = 0xFF
+_WORD: Final = 200
+"""Characters of a reason at most."""
 
 
 class _Content(msgspec.Struct, array_like=True):
-    command: str
-    runs: int
-    packs: list[str]
-    reasons: list[str]
+    command: Annotated[str, msgspec.Meta(max_length=COMMAND_LIMIT)]
+    runs: Annotated[int, msgspec.Meta(ge=0, le=RUNS)]
+    packs: Annotated[list[str], msgspec.Meta(max_length=_PACKS)]
+    reasons: Annotated[list[Annotated[str, msgspec.Meta(max_length=_WORD)]], msgspec.Meta(max_length=_REASONS)]
     rows: bytes
 
 
@@ -90,9 +96,14 @@ class Profile:
         return _MAGIC + zstandard.ZstdCompressor(_LEVEL).compress(msgspec.msgpack.encode(content))
 
     def merged(self, other: Profile) -> Profile:
-        """This and ``other`` as one, of the same image and command. Runs beyond :data:`RUNS` fade."""
+        """This and ``other`` as one, of the same image and command. Runs beyond :data:`RUNS` fade.
+
+        Raises FormatError where they cannot be of the same image: together they name too many packs.
+        """
         packs = list(dict.fromkeys([*self.packs, *other.packs]))
         reasons = list(dict.fromkeys([*self.reasons, *other.reasons]))
+        if len(packs) > _PACKS or len(reasons) > _REASONS:
+            raise FormatError(f"profiles of {self.command!r} name {len(packs)} packs, {len(reasons)} reasons")
         rows = np.concatenate([_renumbered(profile, packs, reasons) for profile in (self, other)])
         weights = rows["seen"].astype(np.float64)
         order = np.lexsort((rows["block"], rows["pack"]))
@@ -108,7 +119,7 @@ class Profile:
             runs = self.runs + other.runs
             if runs > RUNS:
                 seen = seen * RUNS / runs
-            joined["seen"] = seen
+            joined["seen"] = np.minimum(seen, min(max(runs, 1), RUNS))
             known = np.maximum.reduceat(rows["digest"] != _NO_DIGEST, starts)
             last = np.concatenate((starts[1:], [len(rows)])) - 1
             use_last = known & (joined["digest"] == _NO_DIGEST)
@@ -139,15 +150,15 @@ def decode(data: bytes, what: str) -> Profile:
         rows = np.frombuffer(content.rows, ROW)
     except (zstandard.ZstdError, msgspec.MsgspecError, ValueError) as error:
         raise FormatError(f"{what}: a damaged profile: {error}") from None
-    if not all(_HEX.fullmatch(pack) for pack in content.packs) or not 0 <= content.runs <= RUNS:
-        raise FormatError(f"{what}: a damaged profile: its packs or runs")
+    if not all(_HEX.fullmatch(pack) for pack in content.packs) or len(set(content.packs)) != len(content.packs):
+        raise FormatError(f"{what}: a damaged profile: its packs")
     if len(rows) and (
         int(rows["pack"].max()) >= len(content.packs)
         or int(rows["reason"].max()) >= len(content.reasons)
         or not rows["length"].all()
-        or not np.isfinite(rows["seen"]).all()
+        or not ((rows["seen"] >= 0) & (rows["seen"] <= RUNS)).all()
     ):
-        raise FormatError(f"{what}: a damaged profile: a chunk of no pack, without reason or without bytes")
+        raise FormatError(f"{what}: a damaged profile: a chunk of no pack, without reason, bytes or sense")
     return Profile(content.command, content.runs, content.packs, content.reasons, ordered(rows))
 
 

@@ -10,7 +10,7 @@ It stays on the host that recorded it, and is what waterfalls are drawn from; pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
@@ -44,16 +44,21 @@ LIMIT: Final = 64 << 20
 _MAGIC: Final = b"EGTRAC1\0"
 
 
+_WORD: Final = msgspec.Meta(max_length=200)
+_MANY: Final = msgspec.Meta(max_length=1 << 16)
+_FEW: Final = msgspec.Meta(max_length=1 << 8)
+
+
 class _Content(msgspec.Struct, array_like=True):
-    image: str
-    command: str
-    plane: str
+    image: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
+    command: Annotated[str, _WORD]
+    plane: Annotated[str, _WORD]
     started: float
     complete: bool
-    packs: list[str]
-    processes: list[tuple[int, str]]
-    sources: list[str]
-    reasons: list[str]
+    packs: Annotated[list[Annotated[str, _WORD]], _MANY]
+    processes: Annotated[list[tuple[int, Annotated[str, _WORD]]], _MANY]
+    sources: Annotated[list[Annotated[str, msgspec.Meta(max_length=4096)]], _FEW]
+    reasons: Annotated[list[Annotated[str, _WORD]], _FEW]
     touches: bytes
     brought: bytes
 

@@ -12,7 +12,9 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from erofsgen.errors import FormatError
+from erofsgen.errors import FormatError, UsageError
+from erofsgen.oci.reference import Reference
+from erofsgen.store import keys
 
 
 class Descriptor(
@@ -121,18 +123,28 @@ class Store(ABC):
 
     @abstractmethod
     def references(self) -> dict[str, Descriptor]:
-        """Every name with its manifest's descriptor."""
+        """Every image's name with its manifest's descriptor; no reserved names."""
 
     def reference(self, name: str) -> Descriptor | None:
-        """The manifest that ``name`` means, None where it means none."""
+        """The manifest of the image that ``name`` means, None where it means none."""
         return self.references().get(name)
 
     def called(self, name: str) -> str:
         """What an image is called here, unless its user says so, that is called ``name`` in another store."""
         return name
 
-    def check_name(self, name: str) -> None:  # noqa: B027  (most take any)
+    def check_name(self, name: str) -> None:
         """Raises UsageError where no image can be called ``name`` here: before the work, not when it is done."""
+        if keys.profiled(name) is not None:
+            raise UsageError(f"{name}: the name is reserved for the profiles of an image", hint="choose another one")
+
+    def repository(self, name: str) -> str:
+        """What the images have in common that are versions of the one called ``name``: its name without its tag."""
+        try:
+            reference = Reference.parse(name)
+        except UsageError:
+            return name
+        return f"{reference.registry}/{reference.repository}"
 
     @abstractmethod
     def tag(self, name: str, manifest: Descriptor) -> None:
@@ -141,6 +153,25 @@ class Store(ABC):
     @abstractmethod
     def untag(self, name: str) -> None:
         """Drop a name. Raises NotFoundError."""
+
+    @abstractmethod
+    def profiled(self) -> set[str]:
+        """The manifest digests of the images beside which there are profiles, whether the images are there or not."""
+
+    @abstractmethod
+    def profiles(self, image: str) -> Descriptor | None:
+        """The manifest of the profiles beside the image with the manifest digest ``image``, None where there are none.
+
+        One request where there are none. See :mod:`.profiles`.
+        """
+
+    def tag_profiles(self, image: str, manifest: Descriptor) -> None:
+        """Let ``manifest`` be that of the profiles beside ``image``, replacing another."""
+        self.tag(keys.profiles(image), manifest)
+
+    def untag_profiles(self, image: str) -> None:
+        """Drop the profiles beside ``image``. Raises NotFoundError."""
+        self.untag(keys.profiles(image))
 
     @abstractmethod
     def record(self, key: str) -> bytes | None:

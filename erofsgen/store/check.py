@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -21,6 +21,7 @@ import msgspec
 from erofsgen.erofs.check import check_index
 from erofsgen.errors import FormatError, NotFoundError, RemoteError, StorageError, UnsupportedError
 from erofsgen.progress import SILENT, Progress, Task
+from erofsgen.store import profiles
 from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import Image
 from erofsgen.store.inspect import tags
@@ -92,7 +93,9 @@ class _Check:
     def named(self, names: Sequence[str]) -> Report:
         """Check some images."""
         references = self._store.references()
-        self._check({tag: references[tag] for name in names for tag in tags(self._store, name)})
+        chosen = {tag: references[tag] for name in names for tag in tags(self._store, name, references)}
+        self._check(chosen)
+        self._profiles({manifest.digest for manifest in chosen.values()})
         return self._report({})
 
     def everything(self) -> Report:
@@ -102,6 +105,7 @@ class _Check:
             blobs.update(self._store.blobs())  # first: a build that ends now would seem to leave blobs unreferenced
         try:
             self._check(self._store.references())
+            self._profiles(self._store.profiled() & self._reached)
         except FormatError as error:
             self._problem("", "", str(error))
             return self._report({})
@@ -165,6 +169,18 @@ class _Check:
             self._index(image)
             self._images.append(image)
         task.advance(image.manifest_size + image.index_descriptor.size)
+
+    def _profiles(self, images: Set[str]) -> None:
+        """What lies beside images: that its blobs are what their digests say. Damage there harms no image."""
+        with self._progress.task(f"checking profiles ({len(images)})") as task:
+            for image in sorted(images):
+                with self._finding(""):
+                    found = profiles.find(self._store, image)
+                    for layer in found.layers if found else ():
+                        task.advance(len(profiles.read(self._store, layer)))
+                    beside = profiles.blobs(found) if found else {}
+                    self._reached.update(beside)
+                    self._totals.bytes += sum(beside.values())
 
     def _index(self, image: Image) -> None:
         blob = image.index_descriptor.digest

@@ -1,11 +1,14 @@
 """Images from one store to another: what is missing there, several blobs at a time, the name last.
 
+What lies beside an image comes along, see :func:`erofsgen.store.profiles.copy`.
+
 A copy that stops half-way leaves whole blobs that no reference reaches; the next one finds them and goes on. The blobs
 of the destination are kept from its garbage collection meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,18 +17,21 @@ from typing import Final, Protocol
 
 import msgspec
 
-from erofsgen.errors import IntegrityError
+from erofsgen.errors import ErofsgenError, IntegrityError
 from erofsgen.progress import SILENT, Progress, Task
-from erofsgen.store.base import Descriptor, Store
+from erofsgen.store import profiles
+from erofsgen.store.base import Store
 from erofsgen.store.image import Image
-from erofsgen.store.manifest import MANIFEST_TYPE
 
 _PIECE: Final = 4 << 20
 """Bytes read at a time; one more piece of each blob is on its way while one is written."""
 
+_logger: Final = logging.getLogger(__name__)
+
 
 class CopyResult(msgspec.Struct, frozen=True):
-    """What a copy did. ``blobs`` and ``bytes`` were copied, ``kept_blobs`` and ``kept_bytes`` were there before."""
+    """What a copy did. ``blobs`` and ``bytes`` were copied, ``kept_blobs`` and ``kept_bytes`` were there before;
+    ``profiles`` that lie beside the image are counted apart."""
 
     name: str
     digest: str
@@ -34,6 +40,7 @@ class CopyResult(msgspec.Struct, frozen=True):
     kept_blobs: int
     kept_bytes: int
     seconds: float
+    profiles: int = 0
 
 
 def copy_image(
@@ -47,7 +54,6 @@ def copy_image(
     started = time.monotonic()
     name = destination.called(image.name) if name is None else name
     destination.check_name(name)
-    manifest = Descriptor(MANIFEST_TYPE, image.digest, image.manifest_size, artifact_type=image.manifest.artifact_type)
     wanted = {blob.digest: blob.size for blob in (image.manifest.config, *image.manifest.layers)}
     with ExitStack() as stack:
         stack.enter_context(destination.building())
@@ -64,7 +70,8 @@ def copy_image(
             copied.result()
         # The names' chain of trust begins here: last, and from the bytes that were checked
         _copy_blob(image.store, destination, image.digest, image.manifest_size, readers, task)
-        destination.tag(name, manifest)
+        destination.tag(name, image.descriptor)
+        copied_profiles = _copy_profiles(image, destination)
     copied_bytes = sum(missing.values())
     return CopyResult(
         name=name,
@@ -74,7 +81,17 @@ def copy_image(
         kept_blobs=len(wanted) - len(missing),
         kept_bytes=sum(wanted.values()) - copied_bytes,
         seconds=time.monotonic() - started,
+        profiles=copied_profiles,
     )
+
+
+def _copy_profiles(image: Image, destination: Store) -> int:
+    """A hint that does not get there is no reason to fail: the image is there."""
+    try:
+        return len(profiles.copy(image.store, destination, image.descriptor))
+    except ErofsgenError as error:
+        _logger.warning("%s: the image's profiles were not copied: %s", image.name, error)
+        return 0
 
 
 class Readable(Protocol):

@@ -111,7 +111,13 @@ class DirectoryStore(Store):
             self.blob_path(digest).unlink(missing_ok=True)
 
     def references(self) -> dict[str, Descriptor]:
-        return layout.references(self._read_index())
+        return layout.images(self._read_index())
+
+    def profiled(self) -> set[str]:
+        return keys.images_profiled(layout.references(self._read_index()))
+
+    def profiles(self, image: str) -> Descriptor | None:
+        return layout.references(self._read_index()).get(keys.profiles(image))
 
     def tag(self, name: str, manifest: Descriptor) -> None:
         with self._changing_index() as index:

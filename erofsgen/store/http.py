@@ -35,6 +35,8 @@ class HttpStore(Store):
         self._headers = _credentials(_host(url))
         tls = tls_context(None, verify=tls_verify) if url.startswith("https:") else None
         self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
+        self._lists: bool | None = None
+        """Whether there is an index of all references, as far as that is known."""
 
     @property
     def speed(self) -> Speed | None:  # type: ignore[override]
@@ -47,17 +49,34 @@ class HttpStore(Store):
         self._transport.read_into(self._locate(keys.blob(digest)), offset, buffer, f"blob {digest}")
 
     def references(self) -> dict[str, Descriptor]:
-        try:
-            data = self._transport.get(self._locate(keys.INDEX), MANIFEST_LIMIT, keys.INDEX)
-        except NotFoundError:
-            raise UnsupportedError(
-                f"{self.url}: this server does not list images", hint="name one that is there"
-            ) from None
-        return layout.references(layout.parse(data, what=f"{self._base}{keys.INDEX}"))
+        return layout.images(self._index())
 
     def reference(self, name: str) -> Descriptor | None:
         with suppress(UnsupportedError):
             return self.references().get(name)
+        return None if keys.profiled(name) else self._meaning(name)
+
+    def profiled(self) -> set[str]:
+        return keys.images_profiled(layout.references(self._index()))
+
+    def profiles(self, image: str) -> Descriptor | None:
+        if self._lists is not False:  # who looks has opened the image before, and knows
+            with suppress(UnsupportedError):
+                return layout.references(self._index()).get(keys.profiles(image))
+        return self._meaning(keys.profiles(image))
+
+    def _index(self) -> layout.Index:
+        try:
+            data = self._transport.get(self._locate(keys.INDEX), MANIFEST_LIMIT, keys.INDEX)
+        except NotFoundError:
+            self._lists = False
+            raise UnsupportedError(
+                f"{self.url}: this server does not list images", hint="name one that is there"
+            ) from None
+        self._lists = True
+        return layout.parse(data, what=f"{self._base}{keys.INDEX}")
+
+    def _meaning(self, name: str) -> Descriptor | None:
         try:
             data = self._transport.get(self._locate(keys.reference(name)), DESCRIPTOR_LIMIT, f"image {name!r}")
         except NotFoundError:

@@ -18,7 +18,16 @@ import msgspec
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
 from erofsgen.oci.reference import spellings
 from erofsgen.store.base import Descriptor, Store
-from erofsgen.store.manifest import INDEX_SIZE, INDEX_TYPE, MANIFEST_LIMIT, Manifest, Pack, number, pack_from_descriptor
+from erofsgen.store.manifest import (
+    INDEX_SIZE,
+    INDEX_TYPE,
+    MANIFEST_LIMIT,
+    MANIFEST_TYPE,
+    Manifest,
+    Pack,
+    number,
+    pack_from_descriptor,
+)
 
 if TYPE_CHECKING:
     from erofsgen.erofs.node import Extent, Node
@@ -67,6 +76,11 @@ class Image:
             raise NotFoundError(f"{store.url}: no image {name!r}", hint="see `erofsgen images`")
         tag, descriptor = next(iter(found.values()))
         return cls(store, tag, descriptor)
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """What names its manifest."""
+        return Descriptor(MANIFEST_TYPE, self.digest, self.manifest_size, artifact_type=self.manifest.artifact_type)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from erofsgen.errors import FormatError
+from erofsgen.store import keys
 from erofsgen.store.base import Descriptor
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
@@ -34,6 +35,12 @@ def references(index: Index) -> dict[str, Descriptor]:
     """Every name with its manifest's descriptor."""
     manifests = msgspec.convert(index["manifests"], list[Descriptor])
     return {name: item for item in manifests if (name := item.annotations.get(REF_NAME)) is not None}
+
+
+def images(index: Index) -> dict[str, Descriptor]:
+    """Every image's name with its manifest's descriptor."""
+    found = references(index)
+    return {name: found[name] for name in keys.images(found)}
 
 
 def put(index: Index, name: str, manifest: Descriptor) -> None:

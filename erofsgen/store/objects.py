@@ -113,17 +113,31 @@ class ObjectStore(Store):
         self._objects.delete(keys.blob(digest))
 
     def references(self) -> dict[str, Descriptor]:
-        names = [keys.name(found.key) for found in self._objects.list(keys.REFERENCES)]
+        names = keys.images(self._names(""))
         with ThreadPoolExecutor(_THREADS, "references") as pool:
-            meant = list(pool.map(self.reference, names))
+            meant = list(pool.map(self._meaning, names))
         return {name: manifest for name, manifest in zip(names, meant, strict=True) if manifest is not None}
 
     def reference(self, name: str) -> Descriptor | None:
+        return None if keys.profiled(name) else self._meaning(name)
+
+    def profiled(self) -> set[str]:
+        return keys.images_profiled(self._names("sha256-"))
+
+    def profiles(self, image: str) -> Descriptor | None:
+        return self._meaning(keys.profiles(image))
+
+    def _names(self, begin: str) -> list[str]:
+        """All names, or those that begin so."""
+        return [keys.name(found.key) for found in self._objects.list(keys.REFERENCES + begin)]
+
+    def _meaning(self, name: str) -> Descriptor | None:
         key = keys.reference(name)
         data = self._objects.get(key, DESCRIPTOR_LIMIT)
         return None if data is None else parse_descriptor(data, f"{self.url}: {key}")
 
     def check_name(self, name: str) -> None:
+        super().check_name(name)
         if len(keys.reference(name)) > self._objects.key_limit:
             raise UsageError(f"{self.url}: the name is too long: {name[:40]}…", hint="choose a shorter one")
 

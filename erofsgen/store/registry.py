@@ -2,6 +2,7 @@
 
 ``docker://HOST[:PORT]/REPOSITORY[?tls-verify=false&authfile=FILE]``. Credentials are those of podman and Docker. An
 image built from one of the same repository refers to that as its ``subject``, and is found by the tag of that, too.
+Profiles refer to their image in the same way; their type is another, and nobody takes them for an image.
 
 A registry keeps manifests apart from blobs, and asks for a manifest's tag, if any, when it is written. Here a manifest
 is written before it is named, as any blob: a few kilobytes that the registry may collect, since reads of what is no
@@ -16,19 +17,19 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 import msgspec
 
-from erofsgen.errors import FormatError, IntegrityError, NotFoundError, UnsupportedError, UsageError
+from erofsgen.errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnsupportedError, UsageError
 from erofsgen.oci.httpclient import Body
 from erofsgen.oci.manifest import DOCUMENT_LIMIT, INDEX_TYPES, resolve
 from erofsgen.oci.patience import Policy
 from erofsgen.oci.reference import Reference, is_digest, is_tag
 from erofsgen.oci.registryclient import ACCEPT, RegistryClient
-from erofsgen.store import keys, referrers
+from erofsgen.store import keys, profiles, referrers
 from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store, scratch
 from erofsgen.store.image import read_blob
 from erofsgen.store.manifest import ARTIFACT_TYPE
@@ -117,7 +118,7 @@ class RegistryStore(Store):
 
     def reference(self, name: str) -> Descriptor | None:
         """The image tagged ``name``, or made from the source image tagged ``name``: the newest of several."""
-        if not is_tag(name) and not is_digest(name):
+        if not (is_tag(name) or is_digest(name)) or keys.profiled(name):
             return None
         try:
             root, data = self._client.manifest(name)
@@ -141,7 +142,12 @@ class RegistryStore(Store):
         except UsageError:
             return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[-128:].lstrip(".-") or "latest"
 
+    def repository(self, name: str) -> str:  # noqa: ARG002
+        """All images of one repository are versions of one."""
+        return self.url
+
     def check_name(self, name: str) -> None:
+        super().check_name(name)
         if not is_tag(name):
             raise UsageError(
                 f"{self.url}: {name!r} is no tag", hint=f"a registry's images are called by tags: {self.called(name)}"
@@ -149,6 +155,9 @@ class RegistryStore(Store):
 
     def tag(self, name: str, manifest: Descriptor) -> None:
         self.check_name(name)
+        self._tag(name, manifest)
+
+    def _tag(self, name: str, manifest: Descriptor) -> None:
         data = read_blob(self, manifest.digest, manifest.size, limit=DOCUMENT_LIMIT)
         said = self._client.put_manifest(name, manifest.media_type, data)
         facts = _facts(data, name)
@@ -181,8 +190,45 @@ class RegistryStore(Store):
             )
         subject = _facts(data, name).subject
         if subject is not None:
-            referrers.remove(self._client, subject.digest, manifest.digest)
-        self._delete(f"manifests/{manifest.digest}", what)
+            self._delete_referrer(subject.digest, manifest.digest, what)
+        else:
+            self._delete(f"manifests/{manifest.digest}", what)
+
+    # --- profiles ----------------------------------------------------------------------------------------------------
+
+    def profiled(self) -> set[str]:
+        return keys.images_profiled(self._tags())
+
+    def profiles(self, image: str) -> Descriptor | None:
+        try:
+            manifest, _ = self._client.manifest(keys.profiles(image))
+        except NotFoundError:
+            return None
+        return Descriptor(manifest.media_type, manifest.digest, manifest.size, artifact_type=profiles.TYPE)
+
+    def tag_profiles(self, image: str, manifest: Descriptor) -> None:
+        """The manifest that was there before is deleted, if the registry lets us: nobody else would ever do it."""
+        before = None
+        with suppress(FormatError, UnsupportedError):
+            before = self.profiles(image)
+        self._tag(keys.profiles(image), manifest)
+        if before is not None and before.digest != manifest.digest:
+            with suppress(RemoteError, UnsupportedError):
+                self._delete_referrer(image, before.digest, "older profiles")
+
+    def untag_profiles(self, image: str) -> None:
+        found = self.profiles(image)
+        if found is None:
+            raise NotFoundError(f"{self.url}: no profiles of {image}")
+        what = f"profiles of {image}"
+        try:
+            self._delete_referrer(image, found.digest, what)
+        except UnsupportedError:
+            if (
+                self._client.status("DELETE", f"manifests/{keys.profiles(image)}", what, (200, 202, 400, 404, 405))
+                >= 400
+            ):
+                raise
 
     # --- what registries have not ------------------------------------------------------------------------------------
 
@@ -247,6 +293,10 @@ class RegistryStore(Store):
         if self._client.status("DELETE", path, what, (200, 202, 404, 405)) == 405:
             raise UnsupportedError(f"{self.url}: this registry does not delete anything", hint="ask who runs it")
 
+    def _delete_referrer(self, subject: str, digest: str, what: str) -> None:
+        referrers.remove(self._client, subject, digest)
+        self._delete(f"manifests/{digest}", what)
+
     def _own(self, tag: str) -> Descriptor | None:
         """The image that is tagged so itself."""
         try:
@@ -266,17 +316,20 @@ class RegistryStore(Store):
             return None
 
     def _of_each_tag(self, ask: Callable[[str], T]) -> dict[str, T]:
+        tags = [tag for tag in keys.images(self._tags()) if not referrers.is_list(tag)]
+        with ThreadPoolExecutor(_THREADS, "tags") as pool:
+            return dict(zip(tags, pool.map(ask, tags), strict=True))
+
+    def _tags(self) -> list[str]:
         tags: list[str] = []
         try:
             for data, _ in self._client.pages("tags/list", f"list of tags of {self.url}"):
                 tags += msgspec.json.decode(data, type=_Tags).tags or []
         except NotFoundError:  # a registry makes a repository when something is pushed to it
-            return {}
+            return []
         except msgspec.MsgspecError as error:
             raise FormatError(f"{self.url}: the list of tags is malformed: {error}") from None
-        tags = [tag for tag in tags if is_tag(tag) and not referrers.is_list(tag)]
-        with ThreadPoolExecutor(_THREADS, "tags") as pool:
-            return dict(zip(tags, pool.map(ask, tags), strict=True))
+        return [tag for tag in tags if is_tag(tag)]
 
     def _no_image(self, name: str) -> NotFoundError:
         return NotFoundError(f"{self.url}: no image {name!r}", hint="see `erofsgen images`")

@@ -92,7 +92,7 @@ class FakeSupervisor:
     def forget(self, pack: str) -> None:
         self.forgotten.append(pack)
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: str, pack: str | None = None) -> None:
         self.errors.append(error)
 
     def gave_back(self, size: int) -> None:

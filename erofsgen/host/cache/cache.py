@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +38,7 @@ from erofsgen.host.cache.objects import Objects
 from erofsgen.host.cache.part import Part, settle, storage
 from erofsgen.host.cache.presence import Presence
 from erofsgen.host.cache.room import Room
+from erofsgen.host.profiles import Refreshing
 from erofsgen.oci.reference import known_name
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.base import Store
@@ -57,6 +58,8 @@ _FETCHERS: Final = 8
 """Tables of contents fetched at a time."""
 _LOOK: Final = 0.1
 """Seconds between two looks at a fill's progress, and at a lock somebody holds."""
+_PATIENCE: Final = 1.0
+"""Seconds that profiles may take longer than the rest of an image."""
 
 
 class CachedImage:
@@ -154,31 +157,44 @@ class HostCache:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def add(self, image: Image, progress: Progress = SILENT) -> CachedImage:
-        """Bring everything of an image here but its packs' frames.
+        """Bring everything of an image here but its packs' frames, and what lies beside it in its store.
+
+        All of it is fetched at the same time. Profiles are a hint: an image that is here is not
+        kept waiting for them, any other at most a second longer than for the rest.
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
         """
-        self._write_index(image)
-        self._keep(self.image_path(image.digest, "json"), image.digest, image.manifest_size, image.store)
+        profiles = Refreshing(self.root, image)
         config = image.manifest.config
-        self._keep(self.image_path(image.digest, "config.json"), config.digest, config.size, image.store)
-        self._remember(image)
+        documents = [
+            (self.image_path(image.digest, "json"), image.digest, image.manifest_size),
+            (self.image_path(image.digest, "config.json"), config.digest, config.size),
+        ]
         missing = [pack for pack in image.packs if not self._has_toc(pack)]
-        if missing:
-            assigned = self.layout.assigned()
-            places = [self._place(pack, assigned) for pack in image.packs]
-            with (
-                progress.task("tables of contents", len(missing)) as task,
-                ThreadPoolExecutor(_FETCHERS, "toc") as pool,
-            ):
-                fetched = [
-                    pool.submit(self._fetch_toc, image.store, pack, places[pack.slot - 1], task.advance)
-                    for pack in missing
-                ]
-                for future in fetched:
-                    future.result()
+        assigned = self.layout.assigned() if missing else {}
+        places = [self._place(pack, assigned) for pack in missing]
+        # All at once: over a slow link the time is that of the slowest, not of their sum
+        with (
+            progress.task("tables of contents", len(missing)) if missing else nullcontext() as task,
+            ThreadPoolExecutor(_FETCHERS, "add") as pool,
+        ):
+            read = [pool.submit(_read_document, image.store, *document) for document in documents]
+            tocs = [pool.submit(_read_toc, image.store, pack) for pack in missing]
+            new = self._write_index(image)  # before anything else becomes visible
+            for (path, _, _), data in zip(documents, [future.result() for future in read], strict=True):
+                if data is not None:
+                    self.room.reserve(len(data))
+                    replace_file(path, data)
+                    new = True
+            for files, toc in zip(places, tocs, strict=True):
+                self._put_toc(files, toc.result())
+                if task is not None:
+                    task.advance(1)
+        self._remember(image)
         for pack in image.packs:
             self._prepare(pack)
+        if new or missing:  # otherwise there is nothing that this would have been beside of
+            profiles.wait(_PATIENCE)
         return CachedImage(self, image.digest, image.name, [image.store.url])
 
     def image(self, name: str, store: str) -> CachedImage:
@@ -240,23 +256,18 @@ class HostCache:
             mine[image.name] = image.digest
             replace_file(self.root / "names.json", json.dumps(names, indent=1).encode())
 
-    def _write_index(self, image: Image) -> None:
+    def _write_index(self, image: Image) -> bool:
+        """Whether it had to be fetched."""
         path = self.image_path(image.digest, "erofs")
         part = Part.open(path)
-        if part is not None:
-            with part:
-                _ = image.index  # checks that its devices are the manifest's packs
-                data = image.index_bytes()
-                self.room.reserve(len(data))
-                part.write(data, 0)
-                part.commit()
-
-    def _keep(self, path: Path, digest: str, size: int, store: Store) -> None:
-        with storage(path):
-            if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
-                return
-        self.room.reserve(size)
-        replace_file(path, read_blob(store, digest, size, limit=MANIFEST_LIMIT))
+        if part is None:
+            return False
+        with part:
+            data = image.index.buffer  # its devices were compared with the manifest's packs
+            self.room.reserve(len(data))
+            part.write(data, 0)
+            part.commit()
+        return True
 
     # --- packs -------------------------------------------------------------------------------------------------------
 
@@ -266,6 +277,10 @@ class HostCache:
         if files is None:
             raise NotFoundError(f"{self.root}: no pack {pack}", hint="run `erofsgen pull` again")
         return files
+
+    def toc(self, pack: Pack) -> Toc:
+        """A pack's table of contents. Raises NotFoundError, IntegrityError, StorageError."""
+        return self._toc(pack, self.files(pack.hex))
 
     def open_object(self, pack: Pack, map: Path, descriptor: int) -> ObjectFile:  # noqa: A002  (its word)
         """A pack's object in the kernel's own cache, see :class:`ObjectFile`. Raises as :meth:`open_pack` does."""
@@ -299,15 +314,12 @@ class HostCache:
     def _place(self, pack: Pack, assigned: dict[Path, int]) -> PackFiles:
         return self.layout.find(pack.hex) or self.layout.place(pack.hex, pack.device_size, assigned)
 
-    def _fetch_toc(self, store: Store, pack: Pack, files: PackFiles, advance: Any) -> None:  # noqa: ANN401
-        data = store.read(pack.digest, pack.toc.offset, pack.toc.size)
-        _check_toc(data, pack)
+    def _put_toc(self, files: PackFiles, data: bytes) -> None:
         self.room.reserve(len(data))
         replace_file(files.toc, data)
         with storage(files.data):
             descriptor = os.open(files.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.close(descriptor)
-        advance(1)
 
     def _prepare(self, pack: Pack) -> None:
         """A data file of full size and its map."""
@@ -395,6 +407,20 @@ class HostCache:
                 if not presence.complete:
                     return False
         return True
+
+
+def _read_toc(store: Store, pack: Pack) -> bytes:
+    data = store.read(pack.digest, pack.toc.offset, pack.toc.size)
+    _check_toc(data, pack)
+    return data
+
+
+def _read_document(store: Store, path: Path, digest: str, size: int) -> bytes | None:
+    """A manifest or config from the store, None where ``path`` has it already."""
+    with storage(path):
+        if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
+            return None
+    return read_blob(store, digest, size, limit=MANIFEST_LIMIT)
 
 
 def pack_frames(files: PackFiles) -> int:

@@ -11,7 +11,8 @@
     ├── packs/<sha256>.data      a pack's device bytes, sparse, of full size from the start; or in CACHEDIR/packs
               <sha256>.map       which of its frames are there, see erofsgen.host.cache.presence
               <sha256>.toc       its table of contents
-    └── fscache/                 what the kernel keeps for the fscache plane, see erofsgen.host.cache.objects
+    ├── fscache/                 what the kernel keeps for the fscache plane, see erofsgen.host.cache.objects
+    └── profiles/                what its images' commands touch first, see erofsgen.host.profiles
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from erofsgen.errors import FormatError, StorageError
+from erofsgen.files import replace_file as replace_file
 
 _CONFIG: Final = "cache.json"
 
@@ -172,20 +174,6 @@ class Layout:
             raise StorageError(f"{path}: {error.strerror}") from error
         except (TypeError, ValueError) as error:
             raise FormatError(f"{path}: {error}", hint="remove it, then name the cache directories again") from None
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Let ``path`` hold ``data``, all of it or as before. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.part")
-    try:
-        try:
-            temporary.write_bytes(data)
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from error
 
 
 def _scan(directory: Path) -> Iterator[os.DirEntry[str]]:

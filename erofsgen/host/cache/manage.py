@@ -1,4 +1,4 @@
-"""What the cache holds and for whom, and how it becomes less.
+"""What the cache holds and for whom, and how it becomes less. Profiles outlive their image: it may come back.
 
 An image or a pack is *in use* while somebody has its file open (:func:`erofsgen.host.linux.lease`), a mount for
 instance, or its map locked because a mount is being made. Nothing in use is removed. An image's manifest is written
@@ -30,11 +30,14 @@ from erofsgen.host.cache.verify import Report, verify
 from erofsgen.host.config import load
 from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine
+from erofsgen.host.profiles import HostProfiles, drop_lonely
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.manifest import Pack
 
 _OLD: Final = 24 * 3600
 """Seconds after which nobody is at a file any more that was to be renamed."""
+_UNUSED: Final = 30 * 86400.0
+"""Seconds for which the profiles of an image are kept that is no longer in the cache."""
 
 
 class PackUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +196,8 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
     for path in _leftovers(cache):
         remove([path])
         removed.leftovers.append(str(path))
+    lonely = drop_lonely(HostProfiles(cache.root), _kept(cache), time.time() - _UNUSED, dry_run=dry_run)
+    removed.leftovers += map(str, lonely)
     if not dry_run:
         removed.bytes += cache.cull(None, needed | {image.digest for image in staying})
     limit = cache.room.limit

@@ -110,7 +110,7 @@ class Part:
         with storage(self._part):
             os.ftruncate(self.descriptor, size)
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         with storage(self._part):
             while view:

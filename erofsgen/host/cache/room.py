@@ -80,6 +80,13 @@ class Room:
             with self._ledger():
                 self._write(max(0, self._read() - size))
 
+    def used(self) -> int:
+        """Bytes in use: as kept in the ledger where there is a limit, else counted. Raises StorageError."""
+        if self.limit is None:
+            return self._layout.allocated()
+        with self._ledger():
+            return self._read()
+
     def close(self) -> None:
         """Let go of the ledger."""
         if self._descriptor >= 0:

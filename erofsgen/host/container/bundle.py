@@ -114,12 +114,19 @@ def write_bundle(bundle: Path, rootfs: Path, image: Mapping[str, Any], options: 
     (bundle / "config.json").write_text(json.dumps(config, indent=1))
 
 
+def command_of(image: Mapping[str, Any], options: Options) -> tuple[list[str], dict[str, str], str]:
+    """What a container runs: its arguments, its environment but for what depends on its user, its working directory.
+
+    Raises FormatError, UsageError (no command).
+    """
+    wanted = _process(image)
+    environment = {"PATH": PATH, **dict(_pairs(wanted.env or ())), **options.environment}
+    return _arguments(wanted, options), environment, options.workdir or wanted.working_dir or "/"
+
+
 def runtime_config(rootfs: Rootfs, image: Mapping[str, Any], options: Options, *, identity: str) -> dict[str, Any]:
     """config.json, without the host's files."""
-    try:
-        wanted = msgspec.convert(image.get("config") or {}, _Process)
-    except msgspec.ValidationError as error:
-        raise FormatError(f"the image's config: {error}") from None
+    wanted = _process(image)
     user = find_user(rootfs, wanted.user or "" if options.user is None else options.user)
     workdir = options.workdir or wanted.working_dir or "/"
     if not workdir.startswith("/"):
@@ -154,6 +161,19 @@ def runtime_config(rootfs: Rootfs, image: Mapping[str, Any], options: Options, *
     }
 
 
+def _process(image: Mapping[str, Any]) -> _Process:
+    try:
+        return msgspec.convert(image.get("config") or {}, _Process)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"the image's config: {error}") from None
+
+
+def _pairs(settings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        yield name, value
+
+
 def _arguments(wanted: _Process, options: Options) -> list[str]:
     if options.entrypoint is not None:
         arguments = [*options.entrypoint, *options.command]
@@ -168,10 +188,7 @@ def _environment(wanted: _Process, options: Options, user: User, hostname: str) 
     environment = {"PATH": PATH, "HOME": user.home, "HOSTNAME": hostname}
     if options.terminal:
         environment["TERM"] = "xterm"
-    for setting in wanted.env or ():
-        name, _, value = setting.partition("=")
-        environment[name] = value
-    return {**environment, **options.environment}
+    return {**environment, **dict(_pairs(wanted.env or ())), **options.environment}
 
 
 def _descriptor_limit() -> dict[str, Any]:

@@ -30,10 +30,12 @@ from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, UsageError
 from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage
 from erofsgen.host.cache.part import storage
-from erofsgen.host.container.bundle import Options, write_bundle
+from erofsgen.host.container.bundle import Options, command_of, write_bundle
 from erofsgen.host.container.runtime import Container, find_runtimes
 from erofsgen.host.mount.mounts import mount, unmount
 from erofsgen.host.mount.state import Plane
+from erofsgen.host.prefetch.start import Mode, Start
+from erofsgen.profile.naming import command_name
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
 
@@ -51,6 +53,9 @@ def run(
     upper: Path | None = None,
     runtime: str = "auto",
     interactive: bool = False,
+    prefetch: Mode = "auto",
+    profile: str | None = None,
+    token: str = "",
     progress: AbstractContextManager[Progress] | None = None,
 ) -> int:
     """Run a container until its command ends; returns its exit code, 128 + N where signal N ended it.
@@ -58,8 +63,9 @@ def run(
     ``plane``: how what is not on this host yet comes, see :func:`~erofsgen.host.mount.mounts.mount`.
 
     ``name`` is the container's id and by default its host name, random if not given. Changes are thrown away, or kept
-    in ``upper``. ``runtime``: ``auto`` is the first that can create the container; otherwise a name or a path. Must be
-    called in the main thread: signals go to the container.
+    in ``upper``. ``prefetch``, ``token``: see :class:`~erofsgen.host.prefetch.start.Start`; ``profile`` is the name
+    of the command's profile, by default the command itself. ``runtime``: ``auto`` is the first that can create the
+    container; otherwise a name or a path. Must be called in the main thread: signals go to the container.
 
     Raises what :func:`~erofsgen.host.mount.mounts.mount` and :func:`~erofsgen.host.container.bundle.write_bundle`
     raise, UsageError and BusyError (``name``), NotFoundError (no such runtime), UnsupportedError (it cannot create the
@@ -67,6 +73,10 @@ def run(
     """
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name of a container", hint="use letters, digits, dot, dash and underscore")
+    argv, environment, cwd = command_of(image.config, options)
+    start = Start(
+        command=profile or command_name(argv), mode=prefetch, argv=argv, environment=environment, cwd=cwd, token=token
+    )
     runtimes = find_runtimes(runtime)
     root = Path(os.path.realpath(root))
     identity = name or secrets.token_hex(6)
@@ -77,7 +87,7 @@ def run(
             with storage(place):
                 rootfs.mkdir()
             with progress or nullcontext(SILENT) as shown:  # over when the container has the terminal
-                mount(image, rootfs, root=root, plane=plane, rw=True, upper=upper, progress=shown)
+                mount(image, rootfs, root=root, plane=plane, rw=True, upper=upper, start=start, progress=shown)
             with storage(place):
                 write_bundle(place, rootfs, image.config, options, identity=identity)
             return container.execute(runtimes, terminal=options.terminal, interactive=interactive)

@@ -41,7 +41,10 @@ class Feeder:
                 try:
                     self._copy(gap, gap.lacking)
                 except Exception as error:  # noqa: BLE001 - the thread must live on
-                    _logger.warning("%s: not fed with pack %s: %s", gap.lacking.name, gap.pack, describe(error))
+                    _logger.warning(
+                        "%s: not fed with pack %s: %s", gap.lacking.name, gap.pack, describe(error),
+                        extra={"source": gap.lacking.name, "pack": gap.pack},
+                    )  # fmt: skip
 
     def _run(self) -> None:
         while True:

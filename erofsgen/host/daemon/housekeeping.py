@@ -80,7 +80,7 @@ class Housekeeping:
                 continue
             if present == len(pack.toc):
                 self._worker.tell({"do": "complete", "pack": pack.name})
-            elif pack in self._completing or self._not_before.get(pack, 0.0) > now:
+            elif pack in self._completing or self._not_before.get(pack, 0.0) > now or self._worker.prefetching.active:
                 self.touched(pack)
             elif present >= self._complete_at * len(pack.toc):
                 self._complete(pack)

@@ -32,6 +32,21 @@ def lazy_mounts(root: Path) -> list[dict[str, Any]]:
     ]
 
 
+def device_number(device: str) -> int:
+    """``major:minor``, as mountinfo has it, as stat(2) does."""
+    major, _, minor = device.partition(":")
+    return os.makedev(int(major), int(minor))
+
+
+def packs_of(root: Path, digest: str) -> list[str]:
+    """The SHA-256 of an image's packs, in the order of device slots; none where its manifest is not here."""
+    try:
+        layers = json.loads((root / "images" / f"{digest.removeprefix('sha256:')}.json").read_bytes())["layers"]
+        return [str(layer["digest"]).removeprefix("sha256:") for layer in layers[1:]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def detach(mount: dict[str, Any]) -> None:
     """Take one out of the file tree, wherever it is by now."""
     for point in linux.mount_points():

@@ -54,6 +54,17 @@ class Supervisor(Protocol):
     def missing(self, key: int, pack: str, offset: int, length: int, /) -> None:
         """A request that the worker has to see to; :meth:`Plane.answer` follows."""
 
+    def touched(
+        self, pack: str, offset: int, length: int, pid: int, key: int | None = None, mount: str | None = None, /
+    ) -> None:
+        """A range of the pack with this SHA-256 is read by the process ``pid``, 0 where that is not known.
+
+        ``key``: of the request that it makes; :meth:`missing` follows. ``mount``: whose, where the plane knows.
+        """
+
+    def cannot_see(self, pack: str, /) -> bool:
+        """The plane would let go of a complete pack and not hear of its reads any more. False: somebody wants it to."""
+
     def ahead(self, pack: str, offset: int, length: int, /) -> None:
         """A range that somebody will want soon."""
 
@@ -63,8 +74,8 @@ class Supervisor(Protocol):
     def gave_back(self, size: int, /) -> None:
         """Bytes of the cache are free that the worker does not know of."""
 
-    def failed(self, error: str, /) -> None:
-        """A read failed, or an open, that the plane answered by itself."""
+    def failed(self, error: str, pack: str | None = None, /) -> None:
+        """A read failed, or an open, that the plane answered by itself; of ``pack``, where that is known."""
 
     def call(self, call: Callable[[], None], /) -> None:
         """Run ``call`` in the supervisor's thread, soon. From any thread."""
@@ -105,6 +116,12 @@ class Plane(Protocol):
 
     def answer(self, key: int, *, failed: bool) -> None:
         """End a request that was handed on."""
+
+    def through(self, packs: Sequence[str]) -> list[str | None] | None:
+        """What :meth:`introduce` knows packs by that somebody has mounted, None for each that nobody has.
+
+        None: by their SHA-256, once they are armed.
+        """
 
     def introduce(self, pack: str) -> Introduction | None:
         """How the worker writes to a pack; None: not through the plane."""

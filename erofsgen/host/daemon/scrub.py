@@ -49,7 +49,10 @@ class Scrubber(threading.Thread):
         random.shuffle(packs)
         report = verify(packs, self._worker.opened, self._worker.engine, _Paced(self._rate))
         for bad in report.bad:
-            _logger.warning("scrub: pack %s: frame %s: %s", bad.pack, bad.frame, bad.outcome)
+            _logger.warning(
+                "scrub: pack %s: frame %s: %s", bad.pack, bad.frame, bad.outcome,
+                extra={"pack": bad.pack, "frame": bad.frame},
+            )  # fmt: skip
 
 
 class _Paced:

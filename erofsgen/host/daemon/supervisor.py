@@ -41,6 +41,7 @@ from typing import Any, Final
 
 from erofsgen import __version__
 from erofsgen.errors import BusyError, ErofsgenError, StorageError, UsageError
+from erofsgen.host import logs
 from erofsgen.host.cache.cutoff import cut_off
 from erofsgen.host.cache.files import Layout
 from erofsgen.host.daemon import control, systemd
@@ -49,6 +50,7 @@ from erofsgen.host.daemon.control import Connection, ControlServer
 from erofsgen.host.daemon.journal import Journal
 from erofsgen.host.daemon.loop import Loop
 from erofsgen.host.daemon.mounted import detach, lazy_mounts
+from erofsgen.host.daemon.mountwatch import MountWatch
 from erofsgen.host.daemon.planes import Plane, load
 from erofsgen.host.daemon.requests import Request, Requests
 from erofsgen.host.daemon.standby import Standby, become
@@ -90,6 +92,7 @@ class Supervisor:
         self._holds = holds
         self._arguments = list(arguments)
         self._requests = Requests(journal, options.deadline)
+        self._mounts = MountWatch(root, plane.name, lambda message: self._worker.tell(message))
         self._control = ControlServer(self._loop, listening, self._command)
         self._standby = Standby(holds, arguments)
         self._worker = WorkerLink(
@@ -98,6 +101,7 @@ class Supervisor:
             self._requests,
             introduction=plane.introduce,
             received=self._from_worker,
+            started=self._mounts.worker_started,
         )
         self._started = time.time()
         self._denied = 0
@@ -122,9 +126,11 @@ class Supervisor:
         self._worker.start()
         self._loop.watch(self._plane.fileno(), self._plane.serve)
         self._loop.every(_TICK, self._tick)
-        self._loop.every(_SWEEP, self._plane.sweep)
+        self._loop.every(_SWEEP, self._sweep)
         systemd.notify("READY=1", f"STATUS=plane {self._plane.name}", f"MAINPID={os.getpid()}")
-        _logger.info("supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name)
+        _logger.info(
+            "supervisor %d of %s: plane %s", os.getpid(), self.root, self._plane.name, extra={"plane": self._plane.name}
+        )
         gc.collect()
         gc.freeze()
         self._loop.run()
@@ -133,7 +139,8 @@ class Supervisor:
         signal.signal(number, lambda _number, _frame: self._loop.call(handler))
 
     def _inherit(self) -> None:
-        """Go on with what a dead supervisor had read."""
+        """Go on with what a dead supervisor had read, and with its mounts."""
+        self._mounts.inherit()
         read = list(self._journal.entries()) if self._journal is not None else []
         entries = self._plane.inherit(read, self._journal.highest if self._journal is not None else 0)
         for entry in entries:
@@ -173,6 +180,10 @@ class Supervisor:
         for request in self._requests.expired():
             self._answer(request.key, _late(request))
 
+    def _sweep(self) -> None:
+        self._mounts.sweep()
+        self._plane.sweep()
+
     def _replace(self) -> None:
         """Become the program that is installed now, with everything that is held."""
         self._worker.kill()
@@ -187,6 +198,7 @@ class Supervisor:
             return
         self._is_stopping = True
         systemd.notify("STOPPING=1")
+        self._mounts.recorder.end_all()
         mounts = lazy_mounts(self.root)
         for mount in mounts:
             detach(mount)
@@ -197,7 +209,9 @@ class Supervisor:
 
     def _stopped(self, cut_off: list[Path]) -> None:
         for path in cut_off:
-            _logger.warning("%s: in use and incomplete: cut off, reads of it fail from now on", path)
+            _logger.warning(
+                "%s: in use and incomplete: cut off, reads of it fail from now on", path, extra={"pack": path.stem}
+            )
         for name in self._holds:
             systemd.drop(name)
         self._standby.dismiss()
@@ -220,6 +234,17 @@ class Supervisor:
             self._answer(key, _late(request))
         self._worker.fill(request)
 
+    def touched(
+        self, pack: str, offset: int, length: int, pid: int, key: int | None = None, mount: str | None = None
+    ) -> None:
+        self._mounts.recorder.touched(pack, offset, length, pid, key, mount)
+
+    def cannot_see(self, pack: str) -> bool:
+        if self._mounts.recorder.wants(pack):
+            return False
+        self._mounts.recorder.cannot_see(pack)
+        return True
+
     def ahead(self, pack: str, offset: int, length: int) -> None:
         self._worker.ahead(pack, offset, length)
 
@@ -229,10 +254,10 @@ class Supervisor:
     def gave_back(self, size: int) -> None:
         self._worker.tell({"do": "freed", "bytes": size})
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: str, pack: str | None = None) -> None:
         self._denied += 1
         self._errors.append({"at": time.time(), "error": error})
-        _logger.error("read failed: %s", error)
+        _logger.error("read failed: %s", error, extra={"pack": pack})
 
     def call(self, call: Callable[[], None]) -> None:
         self._loop.call(call)
@@ -258,6 +283,10 @@ class Supervisor:
                 self._plane.completed(message["pack"])
             case "want":
                 self._want(message["token"], [Path(path) for path in message["packs"]])
+            case "through":
+                self._through(message["token"], message["packs"])
+            case "prefetched":
+                self._mounts.prefetched(message["mount"])
             case "leave":
                 self._left(message["token"])
             case "cull":
@@ -275,6 +304,14 @@ class Supervisor:
         self._wanted.add(token)
         self._plane.arm(token, packs, done)
 
+    def _through(self, token: str, packs: list[str]) -> None:
+        """The worker wants to write to what is mounted of packs: it is told what to call them, if they have names."""
+        names = self._plane.through(packs)
+        for name in names or ():
+            if name is not None:
+                self._worker.introduce(name)
+        self._worker.tell({"do": "named", "token": token, "names": names})
+
     def _left(self, token: str) -> None:
         self._wanted.discard(token)
         self._plane.made(token)
@@ -286,8 +323,9 @@ class Supervisor:
             return
         self._plane.answer(key, failed=error is not None)
         self._requests.answered(key)
+        self._mounts.recorder.answered(key)
         if error is not None:
-            self.failed(error)
+            self.failed(error, request.pack.partition(":")[0])
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -301,12 +339,14 @@ class Supervisor:
                         f"{self.root}: the daemon is of plane {self._plane.name}",
                         hint="stop it first, or use its plane",
                     )
-                self._arm(connection, str(command["mount"]), [Path(path) for path in command["packs"]])
+                self._arm(connection, command)
             case "made":
                 connection.closed = lambda: None
                 self._plane.made(str(command["mount"]))
+                self._mounts.made(str(command["mount"]), command)
                 connection.reply({})
             case "unmounted":
+                self._mounts.gone(str(command["mount"]))
                 for seconds in _SOON:
                     self._loop.after(seconds, self._plane.sweep)
                 connection.reply({})
@@ -320,18 +360,26 @@ class Supervisor:
             case unknown:
                 raise UsageError(f"unknown command {unknown!r}", hint="is the daemon of another version?")
 
-    def _arm(self, connection: Connection, mount: str, packs: list[Path]) -> None:
-        connection.closed = lambda: self._plane.made(mount)  # it died before it could say so
+    def _arm(self, connection: Connection, command: dict[str, Any]) -> None:
+        mount = str(command["mount"])
+        packs = [Path(path) for path in command["packs"]]
+        self._mounts.begin(mount, packs, command)
+        connection.closed = lambda: self._not_made(mount)  # it died before it could say so
 
         def done(error: ErofsgenError | None) -> None:
             if error is None:
+                _logger.info("mount %s: armed, packs: %d", mount, len(packs), extra={"mount": mount})
                 connection.reply({})
             else:
                 connection.closed = lambda: None
-                self._plane.made(mount)
+                self._not_made(mount)
                 connection.fail(error)
 
         self._plane.arm(mount, packs, done)
+
+    def _not_made(self, mount: str) -> None:
+        self._mounts.gone(mount)
+        self._plane.made(mount)
 
     def _stop_command(self, connection: Connection, *, force: bool) -> None:
         mounted = [mount["target"] for mount in lazy_mounts(self.root)]
@@ -354,6 +402,7 @@ class Supervisor:
             "worker": self._worker.pid,
             "worker_restarts": self._worker.restarts,
             "waiting": len(self._requests),
+            **self._mounts.status(),
             "denied": self._denied,
             "errors": list(self._errors),
             **self._plane.facts(),
@@ -418,7 +467,10 @@ def serve(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     if fresh:
         for path in Layout(root).data_files():
             if cut_off(path, but_served=plane.serves):
-                _logger.error("%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path)
+                _logger.error(
+                    "%s: in use, incomplete, and no daemon was there: cut off, reads of it fail", path,
+                    extra={"pack": path.stem},
+                )  # fmt: skip
     listening = socket.socket(fileno=holds["listen"]) if "listen" in holds else control.listen(root)
     holds["listen"] = listening.fileno()
     if plane.survives:
@@ -451,7 +503,7 @@ def main() -> None:
     if "--inherit" in arguments:
         at = arguments.index("--inherit")
         del arguments[at : at + 2]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     try:
         serve(options, arguments)
     except ErofsgenError as error:

@@ -40,6 +40,7 @@ class Tasks:
             "clear": self._clear,
             "verify": self._verify,
             "status": self._status,
+            "take in": self._take_in,
         }
 
     def start(self, command: dict[str, Any], client: socket.socket) -> None:
@@ -57,7 +58,7 @@ class Tasks:
             except ErofsgenError as error:
                 reply = {"error": str(error), "kind": type(error).__name__, "hint": error.hint}
             except Exception as error:
-                _logger.exception("%s", command)
+                _logger.exception("%s", command, extra={"command": command})
                 reply = {"error": f"{type(error).__name__}: {error}", "kind": "ErofsgenError", "hint": None}
             with suppress(OSError):
                 client.sendall(json.dumps(reply).encode() + b"\n")
@@ -88,7 +89,11 @@ class Tasks:
         return verify(packs_of(worker.images()), worker.opened, worker.engine if command["repair"] else None, progress)
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
-        return {"engine": self._worker.engine.stats()}
+        return self._worker.status()
+
+    def _take_in(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
+        """Make profiles of what was recorded."""
+        return {"recordings": self._worker.prefetching.take_in(str(command["token"]))}
 
 
 class _Progress:

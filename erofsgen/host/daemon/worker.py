@@ -21,13 +21,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, StorageError
+from erofsgen.host import logs
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objectfile import ObjectFile
 from erofsgen.host.cache.packfile import PackFile
@@ -35,11 +36,14 @@ from erofsgen.host.config import Config, load
 from erofsgen.host.daemon.channel import Channel, Message
 from erofsgen.host.daemon.feeder import Feeder
 from erofsgen.host.daemon.housekeeping import Housekeeping
+from erofsgen.host.daemon.prefetching import Prefetching
 from erofsgen.host.daemon.scrub import Scrubber
 from erofsgen.host.daemon.tasks import Tasks
 from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine, Priority
 from erofsgen.host.fill.sources import describe
+from erofsgen.host.metrics.address import VARIABLE, Address
+from erofsgen.host.profiles import HostProfiles
 from erofsgen.store.manifest import Pack
 
 _logger: Final = logging.getLogger(__name__)
@@ -59,28 +63,36 @@ class Worker:
 
     def __init__(self, cache: HostCache, channel: Channel, options: argparse.Namespace) -> None:
         self.cache = cache
-        self.engine = Engine([], threads=options.threads, memory=options.memory, retries=_RETRIES)
-        self._config = _config()
+        self.config = _config()
+        self.prefetching = Prefetching(self, HostProfiles(cache.root))
+        self.engine = Engine(
+            [], threads=options.threads, memory=options.memory, retries=_RETRIES, brought=self.prefetching.brought
+        )
         self._channel = channel
         self._introduced: dict[str, tuple[Message, int]] = {}  # descriptors to write with, and what is to be known
         self._packs: dict[str, PackFile | ObjectFile] = {}
         self._known: dict[str, Pack] = {}
         self._lock = threading.Lock()  # over the three above
         self._wanted: dict[str, Future[str | None]] = {}
+        self._named: dict[str, Future[list[str | None] | None]] = {}
         self._recover = ThreadPoolExecutor(_RECOVERERS, "recover")
         self._housekeeping = Housekeeping(self, complete_at=options.complete_at)
         self._tasks = Tasks(self)
         self._scrub = options.scrub
+        self._metrics = _metrics_address()
         self._culls: dict[str, Future[int]] = {}
         cache.cull = self._cull
 
     def run(self) -> None:
         """Until the supervisor goes."""
         self._housekeeping.start()
-        if any(tier.feed for tier in self._config.tier):
+        self.prefetching.start()
+        if any(tier.feed for tier in self.config.tier):
             Feeder(self.engine, lambda name: self._find(name).size).start()
         if self._scrub:
             Scrubber(self, self._scrub).start()
+        if self._metrics is not None:
+            self._serve_metrics(self._metrics)
         while (received := self._channel.receive()) is not None:
             message, descriptors = received
             try:
@@ -100,10 +112,33 @@ class Worker:
                 self._forget(message["pack"])
             case "wanted":
                 self._wanted[message["token"]].set_result(message["error"])
+            case "named":
+                self._named[message["token"]].set_result(message["names"])
+            case "prefetch":
+                self.prefetching.begin(message)
+            case "no prefetch":
+                self.prefetching.stop(message["mount"])
+            case "recorded":
+                self.prefetching.recorded()
             case "freed":
                 self._freed(message)
             case "client":
                 self._tasks.start(message["command"], socket.socket(fileno=descriptors[0]))
+
+    def status(self) -> dict[str, Any]:
+        """For ``status``, and for metrics. From any thread."""
+        return {
+            "engine": self.engine.stats(),
+            "prefetch": self.prefetching.status(),
+            "metrics": None if self._metrics is None else str(self._metrics),
+        }
+
+    def _serve_metrics(self, address: Address) -> None:
+        from erofsgen.host.metrics.collector import TableCollector
+        from erofsgen.host.metrics.gather import Gatherer
+        from erofsgen.host.metrics.server import MetricsServer
+
+        MetricsServer(address, TableCollector(Gatherer(self.cache, self.status).gather)).start()
 
     def tell(self, message: Message) -> None:
         """Say something to the supervisor, unless it has gone."""
@@ -202,6 +237,24 @@ class Worker:
             del self._wanted[token]
             self.tell({"do": "leave", "token": token})
 
+    def through(self, names: Sequence[str]) -> list[str | None] | None:
+        """What :meth:`pack` knows the mounted of these packs by, None for those that nobody has mounted.
+
+        None: they have no names of their own, and :meth:`wanting` is how to write to them. Any thread but the main one.
+        """
+        token = secrets.token_hex(8)
+        named = self._named[token] = Future[list[str | None] | None]()
+        self.tell({"do": "through", "token": token, "packs": list(names)})
+        try:
+            return named.result(_PATIENCE)
+        finally:
+            del self._named[token]
+
+    def look_after(self, packs: Iterable[PackFile | ObjectFile]) -> None:
+        """Something of these packs was brought."""
+        for pack in packs:
+            self._housekeeping.touched(pack)
+
     @contextmanager
     def opened(self, pack: Pack) -> Iterator[PackFile]:
         """One pack to write to, for :func:`~erofsgen.host.cache.verify.verify`."""
@@ -232,7 +285,7 @@ class Worker:
 
     def add_stores(self, image: CachedImage) -> None:
         """Let the stores that are known to have an image, and the tiers before them, be sources of its packs."""
-        add_chains(self.engine, self._config, image.stores, [pack.hex for pack in image.packs])
+        add_chains(self.engine, self.config, image.stores, [pack.hex for pack in image.packs])
 
     def _introduce(self, message: Message, descriptor: int) -> None:
         name = message["pack"]
@@ -254,6 +307,16 @@ class Worker:
     def _close(self, pack: PackFile | ObjectFile) -> None:
         self.engine.forget(pack)
         pack.close()
+
+
+def _metrics_address() -> Address | None:
+    """Where metrics are wanted; readers get on without them."""
+    try:
+        wanted = os.environ.get(VARIABLE)
+        return Address.parse(wanted) if wanted else None
+    except ErofsgenError as error:
+        _logger.error("no metrics: %s: %s", VARIABLE, error)
+        return None
 
 
 def _config() -> Config:
@@ -284,7 +347,7 @@ def main() -> None:
     parser.add_argument("channel", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logs.set_up()
     try:
         end = socket.socket(fileno=options.channel)
         end.set_inheritable(False)

@@ -35,7 +35,8 @@ class WorkerLink:
     """A worker that is there again whenever it dies.
 
     ``command`` starts one; the number of its end of the channel is appended. ``introduction`` says how to write to a
-    pack. ``received`` gets every message of the worker's. All in the loop's thread.
+    pack. ``received`` gets every message of the worker's; ``started`` is called when one was started, and told what
+    waits. All in the loop's thread.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class WorkerLink:
         *,
         introduction: Callable[[str], Introduction | None],
         received: Callable[[Message], None],
+        started: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._command = list(command)
         self._requests = requests
         self._introduction = introduction
         self._received = received
+        self._told_of_start = started
         self._channel: Channel | None = None
         self._introduced: set[str] = set()  # packs this worker has the descriptor of
         self._clients: list[tuple[Message, int]] = []  # commands that wait for a worker
@@ -87,6 +90,7 @@ class WorkerLink:
         clients, self._clients = self._clients, []
         for message, descriptor in clients:
             self.client(message, descriptor)
+        self._told_of_start()
 
     def fill(self, request: Request) -> None:
         """Have the worker bring a range."""
@@ -134,7 +138,10 @@ class WorkerLink:
             how = os.waitstatus_to_exitcode(status)
             lived = time.monotonic() - self._started
             self._pause = 0.0 if lived >= _SHORT_LIFE else min(_LONGEST_PAUSE, 2 * self._pause or 0.05)
-            _logger.warning("worker %d ended with %d after %.1f s; starting another", pid, how, lived)
+            _logger.warning(
+                "worker %d ended with %d after %.1f s; starting another", pid, how, lived,
+                extra={"worker": pid, "exit_code": how, "lived": round(lived, 3)},
+            )  # fmt: skip
             self._loop.after(self._pause, self.start)
         return True
 

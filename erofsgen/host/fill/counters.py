@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypedDict
 
+from erofsgen.host.fill.histogram import Counts, Histogram
 from erofsgen.host.fill.schedule import Schedule
 from erofsgen.host.fill.tiers import Tiers
 from erofsgen.host.fill.work import Priority
@@ -19,7 +20,7 @@ class SourceStats(TypedDict):
 
     ``level`` is None for the stores of images. ``state``: ``ok``, ``resting`` (``rests`` seconds more, 0 while it is
     being probed), or ``full`` (as many reads are on their way as may be). ``p50`` and ``p95`` are seconds of the latest
-    256 demands. ``error``: the latest, ``at`` seconds since 1970.
+    256 demands, ``seconds`` has all. ``error``: the latest, ``at`` seconds since 1970.
     """
 
     level: int | None
@@ -29,6 +30,7 @@ class SourceStats(TypedDict):
     bytes: int
     p50: float
     p95: float
+    seconds: Counts
     failed: int
     absent: int
     bad_frames: int
@@ -50,7 +52,7 @@ class Stats(TypedDict):
     ``frames`` and ``bytes_written`` are device frames and bytes that targets took; ``bytes_fetched`` are a pack's.
     ``hedges``: slow demands asked for a second time; ``hedges_won``: those where the second came first.
     ``demands`` had to wait and were served; ``demand_p50`` and ``demand_p95`` are seconds from request to done of the
-    latest 1024 of them.
+    latest 1024 of them, ``demand_seconds`` has all.
     """
 
     frames: int
@@ -72,6 +74,7 @@ class Stats(TypedDict):
     demands: int
     demand_p50: float
     demand_p95: float
+    demand_seconds: Counts
     sources: dict[str, SourceStats]
 
 
@@ -91,6 +94,7 @@ class Counters:
     expired_requests: int = 0
     demands: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    seconds: Histogram = field(default_factory=Histogram)
 
     def read_done(self, length: int, frames: int) -> None:
         """A read brought ``length`` bytes that hold ``frames`` frames."""
@@ -107,6 +111,7 @@ class Counters:
         """A demand was served."""
         self.demands += 1
         self.latencies.append(seconds)
+        self.seconds.add(seconds)
 
     def stats(self, schedule: Schedule, tiers: Tiers, *, threads: int) -> Stats:
         """All of it, for the user."""
@@ -131,6 +136,7 @@ class Counters:
             demands=self.demands,
             demand_p50=latencies[len(latencies) // 2],
             demand_p95=latencies[len(latencies) * 95 // 100],
+            demand_seconds=self.seconds.counts(),
             sources={source.name: _of_source(schedule, tiers, number) for number, source in enumerate(tiers.sources)},
         )
 
@@ -146,6 +152,7 @@ def _of_source(schedule: Schedule, tiers: Tiers, number: int) -> SourceStats:
         bytes=health.bytes,
         p50=health.latencies.percentile(50),
         p95=health.latencies.percentile(95),
+        seconds=health.latencies.seconds.counts(),
         failed=health.failed,
         absent=health.absent,
         bad_frames=health.bad,

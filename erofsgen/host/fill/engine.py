@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Final, NamedTuple
 
@@ -48,6 +48,10 @@ _DONE: Final = Future[None]()
 _DONE.set_result(None)
 
 
+Brought = Callable[[Target, int, str, Priority], None]
+"""Told, in the engine's threads, of each frame that a target took: its number, the source's name, how urgent it was."""
+
+
 class Gap(NamedTuple):
     """A pack that a source lacks, and another brought frames of."""
 
@@ -61,8 +65,8 @@ class Engine:
 
     Every source is asked ``1 + retries`` times for what it fails to bring, with growing pauses from ``backoff`` seconds
     on; after ``patience`` seconds, unless it says otherwise, the next is asked as well. ``read_size``: bytes of a pack
-    read at once at most, but for a larger frame. ``cores``: frames of the background opened at a time. Safe for
-    threads, not for fork.
+    read at once at most, but for a larger frame. ``cores``: frames of the background opened at a time. ``brought`` is
+    called for each frame. Safe for threads, not for fork.
     """
 
     def __init__(
@@ -76,7 +80,9 @@ class Engine:
         patience: float = 10.0,
         read_size: int = 8 << 20,
         cores: int | None = None,
+        brought: Brought | None = None,
     ) -> None:
+        self._brought = brought
         self._tiers = Tiers(sources, retries=retries, backoff=backoff)
         cores = cores or len(os.sched_getaffinity(0))
         self._schedule = Schedule(self._tiers, threads=threads, memory=memory, read_size=read_size, cores=cores)
@@ -281,6 +287,8 @@ class Engine:
         assert read is not None
         settled: Settled = []
         result = put(frame)
+        if self._brought is not None and isinstance(result, int):
+            self._brought(frame.target, frame.index, self._tiers.sources[read.source].name, frame.priority)
         with self._lock:
             self._course.opened(frame, read, result, settled)
             if isinstance(result, Bad):
@@ -288,7 +296,7 @@ class Engine:
             if self._forgetting:
                 self._opened.notify_all()
         if isinstance(result, Bad):
-            self._log(read, result.error)
+            self._log(read, result.error, frame.index)
         settle(settled)
 
     def _ring(self, now: float) -> float:
@@ -310,11 +318,15 @@ class Engine:
         settle(settled)
         return due
 
-    def _log(self, read: Read, error: BaseException) -> None:
+    def _log(self, read: Read, error: BaseException, frame: int | None = None) -> None:
         """Name the source that did not bring right bytes. That a tier lacks a blob is nothing to warn of."""
         level = logging.DEBUG if isinstance(error, NotFoundError) else logging.WARNING
         what = "" if str(error).startswith("pack ") else f"pack {read.target.name}: "
-        _logger.log(level, "%s: %s%s", self._tiers.sources[read.source].name, what, describe(error))
+        source, pack = self._tiers.sources[read.source].name, read.target.name
+        _logger.log(
+            level, "%s: %s%s", source, what, describe(error),
+            extra={"source": source, "pack": pack, "frame": frame, "error": type(error).__name__},
+        )  # fmt: skip
 
     # ... and these with it
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
+from erofsgen.host.fill.histogram import Histogram
 from erofsgen.store.base import Speed
 
 _WINDOW: Final = 256
@@ -24,16 +25,18 @@ _PIECE: Final = 1 << 20
 
 
 class Latencies:
-    """The seconds that the latest 256 demands took of one source."""
+    """The seconds that the latest 256 demands took of one source; ``seconds`` has all, by how many there were."""
 
     def __init__(self) -> None:
         self._reads: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._since = 0  # reads since the limit was computed
         self._limit: tuple[bool, float] | None = None  # whether of a known speed; times what is expected
+        self.seconds = Histogram()
 
     def add(self, seconds: float, length: int) -> None:
         """A read of ``length`` bytes took ``seconds``."""
         self._reads.append((seconds, length))
+        self.seconds.add(seconds)
         self._since += 1
 
     def percentile(self, per_cent: int) -> float:

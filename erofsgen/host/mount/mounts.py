@@ -24,6 +24,7 @@ from erofsgen.host import linux
 from erofsgen.host.cache.cache import CachedImage, HostCache
 from erofsgen.host.cache.objects import DOMAIN
 from erofsgen.host.cache.part import settle, storage
+from erofsgen.host.config import load
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.daemon.mounted import take_away
 from erofsgen.host.mount import superblock
@@ -31,6 +32,7 @@ from erofsgen.host.mount.fuse import FLAT, Served, require, start_server
 from erofsgen.host.mount.holders import holders
 from erofsgen.host.mount.overlay import Upper
 from erofsgen.host.mount.state import How, MountInfo, MountStates, Plane, namespace
+from erofsgen.host.prefetch.start import Start
 from erofsgen.host.pull import complete
 from erofsgen.progress import SILENT, Progress
 from erofsgen.store.image import Image
@@ -58,6 +60,7 @@ def mount(
     read_ahead: int | None = None,
     allow_other: bool = False,
     attributes: int = 0,
+    start: Start | None = None,
     progress: Progress = SILENT,
     via: How | None = None,
 ) -> MountInfo:
@@ -66,9 +69,10 @@ def mount(
     ``image`` of the cache needs no store, if the cache has what ``plane`` needs. A lazy ``plane`` starts a daemon where
     none runs; the kernel then reads ``read_ahead`` KiB ahead, by default what is best for the plane.
     ``rw`` puts an overlay on top, whose changes are thrown away with the mount. ``upper``, made where it is missing,
-    keeps them, and implies ``rw``. ``allow_other``: with the plane fuse, a mount of a plain user's is for everybody, as
-    root's always are. ``attributes``: ``MOUNT_ATTR_*`` beyond read-only. ``via`` is for tests: by default files back
-    the mount where the kernel can do that, else a loop device does.
+    keeps them, and implies ``rw``. ``allow_other``: with the plane fuse, a mount of a plain user's is for
+    everybody, as root's always are. ``start``: what is to run in a lazy mount. ``attributes``: ``MOUNT_ATTR_*``
+    beyond read-only. ``via`` is for tests: by default files back the mount where the kernel can do that, else a
+    loop device does.
 
     Raises NotFoundError and UsageError (``target`` or ``upper`` cannot be used as such), BusyError (a mount of ours is
     there, ``upper`` is in use), UnsupportedError (not root, a kernel without EROFS or without the plane), and what
@@ -104,7 +108,17 @@ def mount(
         devices = [] if index != cached.index else held.enter_context(cached.in_use())
         if plane != "eager":
             client = held.enter_context(Client.start(states.root, ["--plane", plane]))
-            client.call("arm", mount=identity, plane=plane, packs=[os.fspath(path) for path in devices])
+            start = start or Start()
+            facts = {"target": str(target), "name": cached.name, "image": cached.digest}
+            facts |= {"command": start.command, "token": start.token}
+            client.call(
+                "arm",
+                mount=identity,
+                plane=plane,
+                packs=[os.fspath(path) for path in devices],
+                record="active" if start.token else "passive" if load().prefetch.record else "none",
+                facts=facts,
+            )
         served: Served | None = None
         if plane in ("fuse", "blockfuse"):
             at = target if as_user else None
@@ -164,9 +178,9 @@ def mount(
                 held.callback(os.close, place)
                 linux.move_mount(top, place)
         undo.pop_all()
-        if plane != "eager":
+        if start is not None and plane != "eager":
             with suppress(ErofsgenError):  # that the connection ends says the same
-                client.call("made", mount=identity)
+                client.call("made", mount=identity, device=info.device, prefetch=start.message(cached.digest))
     return info
 
 

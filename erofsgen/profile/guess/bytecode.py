@@ -51,7 +51,9 @@ _DIALECTS: Final = {
     3495: _Dialect(5, 4, 8, "forward", 100, 101, 106, 108, 144, 114, 107),  # 3.11
     3531: _Dialect(5, 4, 8, "forward", 100, 101, 106, 108, 144, 114, 107, shift=1),  # 3.12
     3571: _Dialect(5, 4, 8, "forward", 83, 92, 82, 75, 71, 97, 58, shift=1, to_bool=40, jump_caches=1),  # 3.13
-    3627: _Dialect(5, 4, 8, "forward", 82, 93, 80, 73, 69, 100, 56, shift=1, to_bool=39, jump_caches=1, small_int=94),  # 3.14
+    3627: _Dialect(
+        5, 4, 8, "forward", 82, 93, 80, 73, 69, 100, 56, shift=1, to_bool=39, jump_caches=1, small_int=94
+    ),  # 3.14
 }
 
 HEADER: Final = 16
@@ -291,9 +293,7 @@ class _Walk:
 
     # --- byte code
 
-    def _decode(
-        self, code: bytes, constants: list[int], names: list[int], inner: dict[int, list[Request]]
-    ) -> None:
+    def _decode(self, code: bytes, constants: list[int], names: list[int], inner: dict[int, list[Request]]) -> None:
         """Add what ``code`` imports; ``inner`` is what the bodies among its constants do, by their numbers."""
         operations, arguments = code[::2], code[1::2]
         dead = self._dead(operations, arguments, constants, names)

@@ -16,7 +16,7 @@ from erofsgen.profile.guess.imports import Module
 from erofsgen.profile.guess.libraries import CACHE, Libraries, Object
 from erofsgen.profile.guess.rounds import Read, Rounds
 from erofsgen.profile.guess.stacks import known
-from erofsgen.profile.guess.tree import File, Tree, join
+from erofsgen.profile.guess.tree import File, Tree
 from erofsgen.profile.profile import ROW, Profile
 
 REASONS: Final = ("loader", "program", "libraries", "interpreter", "imports", "stacks", "weights")

@@ -262,7 +262,9 @@ class Imports:
     def _matching(self, directory: bytes, parts: list[bytes]) -> Iterator[File]:
         name, rest = parts[0], parts[1:]
         if b"*" in name or b"?" in name:
-            found = [other for other in self._tree.names(directory) if fnmatchcase(os.fsdecode(other), os.fsdecode(name))]
+            found = [
+                other for other in self._tree.names(directory) if fnmatchcase(os.fsdecode(other), os.fsdecode(name))
+            ]
         else:
             found = [name]
         for other in found:

@@ -32,7 +32,15 @@ _HEAD: Final = 1 << 20
 _STRINGS_MAX: Final = 64 << 10
 _DYNAMIC_MAX: Final = 64 << 10
 
-_MULTIARCH: Final = {62: b"x86_64", 183: b"aarch64", 243: b"riscv64", 3: b"i386", 40: b"arm", 21: b"powerpc64le", 22: b"s390x"}
+_MULTIARCH: Final = {
+    62: b"x86_64",
+    183: b"aarch64",
+    243: b"riscv64",
+    3: b"i386",
+    40: b"arm",
+    21: b"powerpc64le",
+    22: b"s390x",
+}
 
 
 @dataclass

@@ -154,7 +154,9 @@ class Finder:
         python.path += [path.encode("utf-8", "surrogateescape") for path in paths if path.startswith("/")]
         python.path += [join(above, b"python%d%d.zip" % version), library, join(library, b"lib-dynload")]
         if "S" not in flags:
-            await self._add_sites(python, [*self._user_site(flags, environment, name), *_sites(venv, library, system=system)])
+            await self._add_sites(
+                python, [*self._user_site(flags, environment, name), *_sites(venv, library, system=system)]
+            )
         return python
 
     def _library(self, program: bytes, environment: Mapping[str, str]) -> bytes | None:

@@ -63,6 +63,8 @@ def _snapshots(tree: Tree, name: str, environment: dict[str, str]) -> Iterator[b
     """Directories of the Hugging Face hub's cache that hold a repository."""
     home = environment.get("HF_HOME") or environment.get("HOME", "/root") + "/.cache/huggingface"
     hub = environment.get("HF_HUB_CACHE") or environment.get("TRANSFORMERS_CACHE") or home + "/hub"
-    snapshots = join(hub.encode("utf-8", "surrogateescape"), b"models--" + name.replace("/", "--").encode(), b"snapshots")
+    snapshots = join(
+        hub.encode("utf-8", "surrogateescape"), b"models--" + name.replace("/", "--").encode(), b"snapshots"
+    )
     for revision in sorted(tree.names(snapshots))[:8]:
         yield join(snapshots, revision)

@@ -40,7 +40,9 @@ _WRAPPERS: Final[dict[str, tuple[str, int]]] = {
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*=")
 _VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
 _SEPARATORS: Final = frozenset({"&&", "||", ";", "|", "&", ";;", "(", ")"})
-_KEYWORDS: Final = frozenset({"if", "then", "else", "elif", "fi", "for", "while", "until", "do", "done", "case", "esac", "{", "}", "!"})
+_KEYWORDS: Final = frozenset(
+    {"if", "then", "else", "elif", "fi", "for", "while", "until", "do", "done", "case", "esac", "{", "}", "!"}
+)
 
 
 def wrapped(argv: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:

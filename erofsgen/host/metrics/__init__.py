@@ -1,0 +1,1 @@
+"""What the daemon tells Prometheus. :mod:`.families` has the table of all names."""

@@ -1,0 +1,1 @@
+"""Prefetch: what a start will want, brought before it asks."""
