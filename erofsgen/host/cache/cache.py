@@ -170,14 +170,15 @@ class HostCache:
             (self.image_path(image.digest, "json"), image.digest, image.manifest_size),
             (self.image_path(image.digest, "config.json"), config.digest, config.size),
         ]
-        with ThreadPoolExecutor(len(documents), "documents") as pool:
-            read = [pool.submit(_read_document, image.store, *document) for document in documents]
-            new = self._write_index(image)
-            for (path, _, _), data in zip(documents, [future.result() for future in read], strict=True):
-                if data is not None:
-                    self.room.reserve(len(data))
-                    replace_file(path, data)
-                    new = True
+        lacking = [(path, digest, size) for path, digest, size in documents if not _is_document(path, digest)]
+        with ThreadPoolExecutor(len(documents), "documents") as pool:  # which has no threads until it has work
+            read = [
+                pool.submit(read_blob, image.store, digest, size, limit=MANIFEST_LIMIT) for _, digest, size in lacking
+            ]
+            new = self._write_index(image) or bool(lacking)
+            for (path, _, size), data in zip(lacking, [future.result() for future in read], strict=True):
+                self.room.reserve(size)
+                replace_file(path, data)
         self._remember(image)
         missing = [pack for pack in image.packs if not self._has_toc(pack)]
         if missing:
@@ -414,12 +415,10 @@ class HostCache:
         return True
 
 
-def _read_document(store: Store, path: Path, digest: str, size: int) -> bytes | None:
-    """A manifest or config from the store, None where ``path`` has it already."""
+def _is_document(path: Path, digest: str) -> bool:
+    """Whether a manifest or config is there."""
     with storage(path):
-        if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
-            return None
-    return read_blob(store, digest, size, limit=MANIFEST_LIMIT)
+        return path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest
 
 
 def pack_frames(files: PackFiles) -> int:
