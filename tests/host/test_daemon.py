@@ -283,7 +283,7 @@ def test_systemd_keeps_readers_waiting_over_a_crash(
     assert set(manager.store) == {"fanotify", "journal", "lock", "fill", "listen"}
     assert host.status()["standby"] == 0, "systemd would end a process it does not know"
     host.mount(image, mount_point)
-    os.kill(host.status()["worker"], signal.SIGSTOP)
+    host.kill("worker", send=signal.SIGSTOP)
     with subprocess.Popen(["sha256sum", mount_point / "file"], stdout=subprocess.PIPE) as reader:
         eventually(lambda: host.status()["waiting"] > 0)
         assert manager.process is not None

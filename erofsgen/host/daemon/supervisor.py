@@ -368,7 +368,14 @@ class Supervisor:
 
         def done(error: ErofsgenError | None) -> None:
             if error is None:
-                _logger.info("mount %s: armed, packs: %d", mount, len(packs), extra={"mount": mount})
+                facts = command.get("facts", {})
+                _logger.info(
+                    "mount %s: armed, packs: %d", mount, len(packs),
+                    extra={
+                        "mount": mount, "target": facts.get("target"), "image": facts.get("name"),
+                        "digest": facts.get("image"), "command": facts.get("command") or None,
+                    },
+                )  # fmt: skip
                 connection.reply({})
             else:
                 connection.closed = lambda: None
