@@ -260,7 +260,7 @@ def test_packs_whose_chunks_are_all_hot_go(maker):
     assert new.packs[0].hot == new.packs[0].device_size
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_image_and_any_profiles(tmp_path_factory, data):
     """Whatever is touched, again and again: every file reads the same, and only the last profiles count."""
