@@ -31,6 +31,16 @@ def demo_image() -> imagemaker.Image:
 
 
 @pytest.fixture(scope="session")
+def demo_store(demo_image: imagemaker.Image, tmp_path_factory: pytest.TempPathFactory) -> DirectoryStore:
+    """A store with the demo image as ``demo``, built by the program. Add images to it, but remove none."""
+    path = tmp_path_factory.mktemp("demo") / "store"
+    program = Path(sys.executable).with_name("erofsgen")
+    command = [program, "--store", path, "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return DirectoryStore(path)
+
+
+@pytest.fixture(scope="session")
 def umoci_unpacked(demo_image: imagemaker.Image) -> Path:
     """The demo image's root file system, by :func:`imagemaker.unpacked`. Read only!"""
     if os.geteuid() != 0:

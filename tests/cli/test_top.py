@@ -41,6 +41,11 @@ def test_a_mount_at_work(sample, mount_point: Path):
     assert source["bytes_per_second"] > 1000
     (mount,) = found["mounts"]
     assert (mount["target"], mount["image"], mount["plane"]) == (str(mount_point), "sample:1", "fanotify")
+    assert 0 < mount["misses"] <= mount["touches"]
+    assert mount["touches_per_second"] > 0
+    assert mount["miss_rate"] > 0
+    assert mount["missed_per_second"] > 0
+    assert mount["waited"] > 0
     assert found["cache_used"] > 1 << 20
     once = sample("top", "--once", "--interval", "0.1").lines
     assert [line.split()[0] for line in once if line] == [

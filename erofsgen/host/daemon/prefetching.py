@@ -136,9 +136,9 @@ class Prefetching:
         try:
             self._replay(message, started)
         except ErofsgenError as error:
-            _logger.warning("%s: no prefetch: %s", mount, error)
+            _logger.warning("%s: no prefetch: %s", mount, error, extra={"mount": mount})
         except Exception as error:  # the thread's end must not be the worker's
-            _logger.exception("%s: no prefetch: %s", mount, describe(error))
+            _logger.exception("%s: no prefetch: %s", mount, describe(error), extra={"mount": mount})
         finally:
             started.state = started.replay.state if started.replay is not None else "nothing to do"
             self._worker.tell({"do": "prefetched", "mount": mount})
@@ -242,7 +242,10 @@ class Prefetching:
         before = self._profiles.find(header.image, header.command)
         run = recordings.run_of(recording, chunks, before)
         profile = self._profiles.add(header.image, run)
-        _logger.info("%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size)
+        _logger.info(
+            "%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size,
+            extra={"mount": header.mount, "digest": header.image, "command": header.command},
+        )  # fmt: skip
         return {
             "token": header.token,
             "image": header.image,
