@@ -100,7 +100,7 @@ def processes(root: Path) -> list[int]:
             arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        of_daemon = any(b"host.daemon." in word for word in arguments) and os.fsencode(root) in arguments
+        of_daemon = any(b"erofsgen.host.daemon" in word for word in arguments) and os.fsencode(root) in arguments
         if of_daemon or (b"fusefallback.server" in arguments and b"--root=" + os.fsencode(root) in arguments):
             found.append(int(name))
     return found

@@ -229,7 +229,7 @@ class Manager:
             "high = [os.dup2(number, 200 + at) for at, number in enumerate(numbers)]\n"
             "[os.dup2(number, 3 + at, inheritable=True) for at, number in enumerate(high)]\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(numbers)), LISTEN_FDNAMES=sys.argv[2])\n"
-            "os.execv(sys.executable, [sys.executable, '-m', 'erofsgen.host.daemon.supervisor', '--root', sys.argv[3],"
+            "os.execv(sys.executable, [sys.executable, '-m', 'erofsgen.host.daemon', '--root', sys.argv[3],"
             " '--read-ahead=0'])\n"
         )
         self.process = subprocess.Popen(

@@ -358,7 +358,7 @@ def test_a_mount_that_fails_leaves_no_marks(wide: Sample, host: Host, mount_poin
 
 def test_two_daemons_for_one_root(host: Host) -> None:
     again = subprocess.run(
-        [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(host.root)],
+        [sys.executable, "-m", "erofsgen.host.daemon", "--root", str(host.root)],
         capture_output=True,
         text=True,
         timeout=WAIT,
