@@ -119,11 +119,6 @@ class Waterfall:
         """Milliseconds to the end of all that happened."""
         return float(max([self.last, *self.brought.at[-1:].tolist()]))
 
-    @property
-    def files(self) -> int:
-        """Files that were touched."""
-        return sum(row.files for row in self.rows)
-
 
 def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> Waterfall:
     """The picture of a run, in at most ``limit`` rows. Without ``chunks`` a row is a pack."""
