@@ -78,9 +78,9 @@ def run() -> Trace:
             (70, 0, 0, 60 * BLOCK, BLOCK, 0, 0),
         ],
         [
-            (20, 0, 1, 8 * BLOCK, 4 * BLOCK, 2, 0, True),
-            (60, 0, 3, 24 * BLOCK, 4 * BLOCK, 2, 1, True),
-            (90, 1, 0, 6 * BLOCK, 9 * BLOCK, 2, 1, False),
+            (20, 0, 1, 8 * BLOCK, 4 * BLOCK, 2, 0, True, True),
+            (60, 0, 3, 24 * BLOCK, 4 * BLOCK, 2, 1, True, True),
+            (90, 1, 0, 6 * BLOCK, 9 * BLOCK, 2, 1, False, True),
         ],
     )
 
@@ -167,7 +167,9 @@ def traces(draw) -> Trace:
     pack, source = st.integers(0, len(packs) - 1), st.integers(0, len(sources) - 1)
     reason = st.integers(0, len(reasons) - 1)
     touches = draw(st.lists(st.tuples(u4, u4, pack, offsets, u4, st.just(0), source), max_size=30))
-    brought = draw(st.lists(st.tuples(u4, pack, u4, offsets, u4, source, reason, st.booleans()), max_size=30))
+    brought = draw(
+        st.lists(st.tuples(u4, pack, u4, offsets, u4, source, reason, st.booleans(), st.booleans()), max_size=30)
+    )
     return trace_of(
         touches, brought, packs=packs, sources=sources, reasons=reasons, command=draw(words), plane=draw(words),
         started=draw(st.floats()), complete=draw(st.booleans()),
