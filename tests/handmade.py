@@ -22,6 +22,7 @@ from erofsgen.store.base import Descriptor
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 from erofsgen.store.manifest import (
+    ARTIFACT_TYPE,
     DEVICE_SIZE,
     HOLES_AT_END,
     INDEX_HOLES,
@@ -132,6 +133,7 @@ class ImageMaker:
         manifest = Manifest(
             schema_version=2,
             media_type=MANIFEST_TYPE,
+            artifact_type=ARTIFACT_TYPE,
             config=Descriptor("application/vnd.oci.image.config.v1+json", config_digest, config_size),
             layers=[
                 Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), **holes}),

@@ -109,9 +109,7 @@ class Assembler:
         index = bytes(
             write_index(self.root, chunks, devices, chunk_size=self._options.chunk_size, fingerprints=fingerprints)
         )
-        packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=self._options.worker_threads).compress(index)
-        digest, size = self._store.put(packed)
-        descriptor = Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), INDEX_HOLES: HOLES_AT_END})
+        descriptor = put_index(self._store, index, self._options, {INDEX_HOLES: HOLES_AT_END})
         inodes = Superblock(*SUPER.unpack_from(index, SUPER_OFFSET)).inos
         places = Places([device.tag for device in devices], _places(table[used], slots))
         return Assembled(descriptor, packs, inodes, len(index), int(table["length"][used].sum()), places)
@@ -177,6 +175,13 @@ class Assembled(msgspec.Struct, frozen=True):
     index_size: int
     unique_bytes: int
     places: Places
+
+
+def put_index(store: Store, index: bytes, options: BuildOptions, annotations: dict[str, str]) -> Descriptor:
+    """Store an index; returns its descriptor, with its size and ``annotations``."""
+    packed = zstandard.ZstdCompressor(_INDEX_LEVEL, threads=options.worker_threads).compress(index)
+    digest, size = store.put(packed)
+    return Descriptor(INDEX_TYPE, digest, size, {INDEX_SIZE: str(len(index)), **annotations})
 
 
 def write_manifest(

@@ -136,16 +136,22 @@ class Dictionary:
             try:
                 packs = Image(store, name, manifest).packs
                 found = [
-                    (_descriptor(pack), _chunks(store, pack)) for pack in packs if pack.digest not in self._numbers
+                    (_descriptor(pack), _chunks(store, pack), pack.hot is not None)
+                    for pack in sorted(packs, key=lambda pack: pack.hot is not None)
+                    if pack.digest not in self._numbers
                 ]
             except ErofsgenError:
                 continue  # a damaged or foreign image: nothing to share with; `check` tells
             with self._env.begin(write=True) as transaction:
-                for descriptor, chunks in found:
-                    self._insert(transaction, descriptor, chunks)
+                for descriptor, chunks, hot in found:
+                    self._insert(transaction, descriptor, chunks, hot=hot)
                 transaction.put(manifest.digest.encode(), b"", db=self._manifests)
 
-    def _insert(self, transaction: lmdb.Transaction, descriptor: Descriptor, chunks: np.ndarray) -> None:
+    def _insert(
+        self, transaction: lmdb.Transaction, descriptor: Descriptor, chunks: np.ndarray, *, hot: bool = False
+    ) -> None:
+        """``hot``: it has copies of what other packs hold, in an order that suits one image; they are found in it only
+        where no other pack has them."""
         if descriptor.digest in self._numbers:
             return
         with transaction.cursor(self._packs) as cursor:
@@ -160,7 +166,7 @@ class Dictionary:
             (keys[32 * i : 32 * i + 32], values[12 * i : 12 * i + 12]) for i in np.argsort(chunks["digest"].view("S32"))
         ]
         with transaction.cursor(self._chunks) as cursor:
-            cursor.putmulti(items, overwrite=True)
+            cursor.putmulti(items, overwrite=not hot)
         self._take(number, descriptor)
 
     def _take(self, number: int, descriptor: Descriptor) -> None:

@@ -26,6 +26,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     ``reuse_layers``       take converted layers from layer records
     ``pack_size``          device bytes per pack at most
     ``max_devices``        packs per image at most
+    ``guess``              guess what the image's own command will read, for hosts that have no profile of it
     """
 
     chunk_size: int = 1 << 20
@@ -36,6 +37,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     reuse_layers: bool = True
     pack_size: int = 256 << 20
     max_devices: int = 256
+    guess: bool = True
 
     def __post_init__(self) -> None:
         if self.chunk_size & (self.chunk_size - 1) or not BLOCK <= self.chunk_size <= 16 << 20:

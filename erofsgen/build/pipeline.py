@@ -7,17 +7,17 @@ the layers it finished, from which the next one goes on.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import msgspec
 
-from erofsgen.build import profiles
+from erofsgen.build import guess, profiles
 from erofsgen.build import record as records
 from erofsgen.build.assemble import Assembler, write_manifest
 from erofsgen.build.convert import Converter, Counts
+from erofsgen.build.cycles import no_cycle_collection
 from erofsgen.build.dictionary import Dictionary, stored
 from erofsgen.build.options import BuildOptions
 from erofsgen.build.packer import Packer
@@ -44,6 +44,7 @@ class BuildResult(msgspec.Struct, frozen=True):
     ``file_bytes``          file data read; ``new_bytes`` of it were new, ``deduplicated_bytes`` were in a pack already
     ``unique_bytes``        file data of the image, every chunk counted once
     ``profiles``            taken over from an earlier build of the image
+    ``guessed``             whether what its own command will read was guessed
     """
 
     name: str
@@ -62,6 +63,7 @@ class BuildResult(msgspec.Struct, frozen=True):
     unique_bytes: int
     seconds: float
     profiles: int = 0
+    guessed: bool = False
 
 
 def build_image(
@@ -82,7 +84,7 @@ def build_image(
     name = tag or store.called(source.name)
     store.check_name(name)
     with ExitStack() as stack:
-        stack.enter_context(_no_cycle_collection())
+        stack.enter_context(no_cycle_collection())
         stack.enter_context(store.building())
         there = stored(store)
         dictionary = None
@@ -111,6 +113,7 @@ def build_image(
         earlier = profiles.earlier(store, name)
         store.tag(name, manifest)
         inherited = profiles.inherit(store, earlier, manifest, assembled.places)
+        guessed = options.guess and guess.lay_beside(store, name, manifest)
         counts = build.counts
         return BuildResult(
             name=name,
@@ -129,6 +132,7 @@ def build_image(
             unique_bytes=assembled.unique_bytes,
             seconds=time.monotonic() - started,
             profiles=inherited,
+            guessed=guessed,
         )
 
 
@@ -185,15 +189,3 @@ class _Build:
     def _convert(self, reader: Iterable[tuple[Entry, FileData | None]], what: str) -> LayerRecord:
         with self._progress.task(what) as task:
             return self._converter.convert(reader, task)
-
-
-@contextmanager
-def _no_cycle_collection() -> Iterator[None]:
-    """A build makes millions of objects and no cycles worth collecting; scanning them again and again costs a third."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -28,7 +28,7 @@ def command(
     target: Path,
     eager: bool,
     plane: str,
-    prefetch: Mode,
+    prefetch: Mode | None,
     profile: str | None,
     rw: bool,
     upper: Path | None,
@@ -45,6 +45,8 @@ def command(
     from erofsgen.host.pull import find
 
     token, recorded_as = wanted_recording()
+    mode = prefetch or ("none" if token else "auto")
+    start = Start(command=profile or recorded_as or "", mode=mode, token=token)
     found = find(settings.cache(), settings.store, image)
     with settings.progress() as progress:
         info = mount(
@@ -55,7 +57,7 @@ def command(
             rw=rw or upper is not None,
             upper=upper,
             read_ahead=None if read_ahead is None else read_ahead >> 10,
-            start=Start(command=profile or recorded_as or "", mode=prefetch, token=token),
+            start=start,
             progress=progress,
         )
     if settings.json:

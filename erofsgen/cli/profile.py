@@ -12,7 +12,7 @@ import click
 
 from erofsgen.cli.shared import shared_options
 
-VERBS: Final = ("ls", "export", "import", "push", "rm")
+VERBS: Final = ("record", "ls", "show", "export", "import", "push", "rm")
 """In the order ``--help`` lists them."""
 
 

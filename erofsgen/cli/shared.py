@@ -231,8 +231,8 @@ def start_options(function: F) -> F:
     for option in (
         click.option("--profile", metavar="NAME", help="The name of the profile; by default the command itself."),
         click.option(
-            "--prefetch", type=click.Choice(MODES), metavar="|".join(MODES), default="auto",
-            help="What to bring before it is read: auto takes the profile if there is one, else heuristics.",
+            "--prefetch", type=click.Choice(MODES), metavar="|".join(MODES),
+            help="What to bring before it is read; auto, the default: by the profile if there is one, else heuristics.",
         ),
     ):  # fmt: skip
         function = option(function)
@@ -285,6 +285,9 @@ def build_options(function: F) -> F:
         ),
         click.option(
             "--tls-verify/--no-tls-verify", default=True, help="Check the registry's certificate; default: yes."
+        ),
+        click.option(
+            "--guess/--no-guess", default=None, help="Guess what the image's command will read; default: yes."
         ),
         click.option(
             "--share-pages", is_flag=True, default=None, help="Let Linux 7.0 and later share page cache by content."

@@ -9,7 +9,8 @@ worker, standby and FUSE servers write alike. Their lines may be in one file.
      "message": "origin: pack 0e…: timed out", "source": "origin", "pack": "0e…", "exception": "…"}
 
 Behind ``message`` come the fields that the call gave with ``extra=``, as far as they are known: ``pack`` (SHA-256),
-``frame``, ``source``, ``mount`` (its id), ``image``, ``target`` and others; ``exception`` where there is one.
+``frame``, ``source``, ``mount`` (its id), ``target``, ``image`` (its name), ``digest`` (its manifest's) and others;
+``exception`` where there is one.
 Standard library only: the supervisor uses it.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from typing import Final
 
@@ -38,7 +40,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, object] = {
             "time": _rfc3339(record.created),
             "level": record.levelname.lower(),
-            "logger": record.name,
+            "logger": _module(record.name),
             "pid": record.process,
             "message": record.getMessage(),
         }
@@ -63,6 +65,12 @@ def set_up() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if wanted not in FORMATS:
         _logger.warning("%s is text or json, not %r", VARIABLE, wanted)
+
+
+def _module(name: str) -> str:
+    """A logger's name; what was started with ``python -m`` calls itself otherwise."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if name == "__main__" and spec is not None else name
 
 
 def _rfc3339(seconds: float) -> str:

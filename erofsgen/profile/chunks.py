@@ -42,6 +42,7 @@ class Chunks:
     """
 
     def __init__(self, index: Index) -> None:
+        self.index = index
         self.packs: list[str] = [device.tag for device in index.devices]
         paths, nids = _regular_files(index)
         files = _chunked(index, nids)

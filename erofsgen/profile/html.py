@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from erofsgen import text
-from erofsgen.profile.waterfall import Curve, Row, Table, Waterfall
+from erofsgen.profile.waterfall import Curve, Row, Table, Waterfall, arrivals
 
 LIMIT: Final = 2000
 """Rows that a browser draws at ease."""
@@ -123,7 +123,7 @@ def _lanes(waterfall: Waterfall) -> list[str]:
     strips = []
     end = waterfall.end
     if len(waterfall.arrivals):
-        used, unused, most = arrivals(waterfall, _BINS)
+        used, unused, most = arrivals(waterfall, end, _BINS)
         width = end / _BINS
         content = "".join(
             f'<path class="{name}" d="{_blocks(width, begin * _LANE / most, height * _LANE / most)}"/>'
@@ -151,17 +151,6 @@ def _lanes(waterfall: Waterfall) -> list[str]:
 
 def _strip(note: str, content: str) -> str:
     return f'<div class="strip"><div class="note">{note}</div><div class="plot">{content}</div></div>'
-
-
-def arrivals(waterfall: Waterfall, bins: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
-    """Prefetched bytes in each of ``bins`` equal parts of the time: used, not used, and the most of both together."""
-    rows = waterfall.arrivals
-    place = np.minimum((rows["at"] * (bins / waterfall.end)).astype(np.int64), bins - 1)
-    used, unused = (
-        np.bincount(place[which], rows["length"][which], bins).astype(np.float64)
-        for which in (rows["used"], ~rows["used"])
-    )
-    return used, unused, max(int((used + unused).max()), 1)
 
 
 def _blocks(width: float, begin: npt.NDArray[np.float64], height: npt.NDArray[np.float64]) -> str:

@@ -59,9 +59,9 @@ class Totals(msgspec.Struct, frozen=True):
     reasons: list[Reason]
 
 
-def names(trace: Trace, chunks: Chunks | None) -> list[bytes]:
-    """What parts' files are called: the files of ``chunks``, then one for each of the trace's packs."""
-    return [*(chunks.paths if chunks else ()), *(b"pack " + pack[:12].encode() for pack in trace.packs)]
+def names(packs: Sequence[str], chunks: Chunks | None) -> list[bytes]:
+    """What files are called by their numbers: those of ``chunks``, then one for each pack, for what is no file's."""
+    return [*(chunks.paths if chunks else ()), *(b"pack " + pack[:12].encode() for pack in packs)]
 
 
 def parts(trace: Trace, chunks: Chunks | None) -> npt.NDArray[np.void]:
@@ -93,6 +93,19 @@ def parts(trace: Trace, chunks: Chunks | None) -> npt.NDArray[np.void]:
     return result
 
 
+def by_file(found: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """:func:`parts` with one for each file that a touch touched; ``chunk`` is the first of them."""
+    if not len(found):
+        return found
+    found = found[np.lexsort((found["chunk"], found["file"], found["touch"]))]
+    touch, file = found["touch"], found["file"]
+    starts = np.flatnonzero(np.concatenate(([True], (touch[1:] != touch[:-1]) | (file[1:] != file[:-1]))))
+    result = found[starts]
+    for field in ("length", "waited"):
+        result[field] = np.add.reduceat(found[field], starts)
+    return result
+
+
 def _give_waits(result: npt.NDArray[np.void], waited: npt.NDArray[np.uint32]) -> None:
     order = np.lexsort((np.arange(len(result)), -result["length"], result["touch"]))
     touch = result["touch"][order]
@@ -115,6 +128,18 @@ def prefetched(trace: Trace) -> npt.NDArray[np.bool_]:
     seen = touches["at"].astype(np.float64) + touches["waited"] / 1000 + 1  # arrivals are in whole milliseconds
     here = np.array([source == HERE for source in trace.sources], np.bool_)[touches["source"]]
     return np.asarray(inside & (brought["at"][near] <= seen) & ~here)
+
+
+def origins(trace: Trace) -> tuple[npt.NDArray[np.int64], list[tuple[str, bool]]]:
+    """Where bytes came from: for each touch the number of a (source, whether it was prefetched), and those."""
+    pairs = trace.touches["source"].astype(np.int64) * 2 + prefetched(trace)
+    used, numbers = np.unique(pairs, return_inverse=True)
+    return numbers, [(trace.sources[pair // 2], bool(pair % 2)) for pair in used.tolist()]
+
+
+def origin_name(source: str, was_prefetched: bool) -> str:
+    """One of :func:`origins` in words."""
+    return f"prefetched from {source}" if was_prefetched else source
 
 
 def _places(rows: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:

@@ -20,7 +20,7 @@ from erofsgen import text
 from erofsgen.profile.chunks import BLOCK, Chunks
 from erofsgen.profile.profile import RECORDED, Profile
 from erofsgen.profile.rows import fold
-from erofsgen.profile.touches import Totals, names, parts, prefetched, totals
+from erofsgen.profile.touches import Totals, by_file, names, origin_name, origins, parts, totals
 from erofsgen.profile.trace import BROUGHT, HERE, UNKNOWN, Trace
 
 MARK: Final = np.dtype([
@@ -93,7 +93,8 @@ class Row:
 @dataclass(frozen=True)
 class Waterfall:
     """A picture. ``rows`` are in the order of their first marks. ``arrivals``: an array of
-    :data:`~erofsgen.profile.trace.BROUGHT` by time. ``facts`` are pairs of words and values, ``tables`` say more."""
+    :data:`~erofsgen.profile.trace.BROUGHT` by time. ``facts`` are pairs of words and values, ``tables`` say more,
+    ``summary`` is short: a few lines."""
 
     title: str
     run: bool
@@ -105,6 +106,7 @@ class Waterfall:
     arrivals: npt.NDArray[np.void]
     facts: Sequence[tuple[str, str]]
     tables: Sequence[Table]
+    summary: Sequence[str]
 
     @cached_property
     def last(self) -> float:
@@ -125,8 +127,8 @@ class Waterfall:
 
 def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> Waterfall:
     """The picture of a run, in at most ``limit`` rows. Without ``chunks`` a row is a pack."""
-    numbers, kinds = _kinds(trace)
-    found = parts(trace, chunks)
+    numbers, found_origins = origins(trace)
+    found = by_file(parts(trace, chunks))
     marks = np.zeros(len(found), MARK)
     touch = found["touch"]
     marks["at"], marks["waited"] = trace.touches["at"][touch], found["waited"] / 1000
@@ -135,13 +137,14 @@ def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> 
     return Waterfall(
         title=title,
         run=True,
-        kinds=kinds,
-        rows=_rows(names(trace, chunks), found["file"], marks, limit),
+        kinds=_kinds(trace, found_origins),
+        rows=_rows(names(trace.packs, chunks), found["file"], marks, limit),
         touched=_curve(trace.touches),
         brought=_curve(trace.brought),
         arrivals=trace.brought[np.argsort(trace.brought["at"], kind="stable")],
-        facts=_facts(trace, sums),
+        facts=[("command", text.quoted(trace.command)), *run_facts(trace, sums)],
         tables=_tables(sums),
+        summary=_summary(sums),
     )
 
 
@@ -157,18 +160,32 @@ def of_profile(profile: Profile, chunks: Chunks | None, *, title: str, limit: in
     kinds = [_reason(profile, *divmod(int(pair), len(_BANDS) + 1)) for pair in used]
     marks = np.zeros(len(rows), MARK)
     marks["at"], marks["length"], marks["kind"] = rows["first"], rows["length"], numbers
-    paths = [*(chunks.paths if chunks else ()), *(b"pack " + pack[:12].encode() for pack in profile.packs)]
     return Waterfall(
         title=title,
         run=False,
         kinds=kinds,
-        rows=_rows(paths, files_of(profile, chunks), marks, limit),
+        rows=_rows(names(profile.packs, chunks), files_of(profile, chunks), marks, limit),
         touched=_curve(rows, "first"),
         brought=Curve(np.zeros(0), np.zeros(0, np.int64)),
         arrivals=np.zeros(0, BROUGHT),
         facts=profile_facts(profile),
         tables=(),
+        summary=[", ".join(f"{word} {value}" for word, value in profile_facts(profile)[1:])],
     )
+
+
+def arrivals(
+    waterfall: Waterfall, end: float, bins: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], int]:
+    """Prefetched bytes in each of ``bins`` equal parts of the time up to ``end`` (milliseconds): those that were used,
+    those that were not, and the most of both together."""
+    rows = waterfall.arrivals[waterfall.arrivals["at"] <= end]
+    place = np.minimum((rows["at"] * (bins / end)).astype(np.int64), bins - 1)
+    used, unused = (
+        np.bincount(place[which], rows["length"][which], bins).astype(np.float64)
+        for which in (rows["used"], ~rows["used"])
+    )
+    return used, unused, max(int((used + unused).max()), 1)
 
 
 def files_of(profile: Profile, chunks: Chunks | None) -> npt.NDArray[np.int64]:
@@ -197,27 +214,40 @@ def profile_facts(profile: Profile) -> list[tuple[str, str]]:
     sure = profile.confidence()
     certain = int(profile.rows["length"][sure > _BANDS[-1]].sum(dtype=np.int64))
     return [
-        ("command", text.printable(profile.command) or "none: a plain mount"),
+        ("command", text.quoted(profile.command)),
         ("runs", f"{profile.runs:,}" if profile.recorded else "none, all of it is guessed"),
         ("chunks", f"{len(profile.rows):,}, {text.size(profile.size)}"),
         ("touched by most runs", f"{text.size(certain)} ({text.share(certain, profile.size)})"),
     ]
 
 
-def _facts(trace: Trace, sums: Totals) -> list[tuple[str, str]]:
+def run_facts(trace: Trace, sums: Totals) -> list[tuple[str, str]]:
+    """What there is to say of a run as a whole."""
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(trace.started))
     except (OverflowError, ValueError, OSError):
         started = "at no time"
     return [
-        ("command", text.printable(trace.command) or "none: a plain mount"),
         ("mounted", f"{started}, plane {text.printable(trace.plane)}"),
         ("recorded", "to its end" if trace.complete else "in part: it went on, or there was more than is kept"),
-        ("reads", f"{sums.touches:,} first ones, {text.size(sums.touched)}"),
+        ("reads", f"{sums.touches:,} of what was not read before, {text.size(sums.touched)}"),
         ("waited for", f"{sums.misses:,}, {text.size(sums.missed)}; {sums.waited:.3f} s"),
-        ("prefetched", f"{text.size(sums.prefetched)}; {sums.prefetched_touches:,} reads met it"),
+        ("prefetched", f"{text.size(sums.prefetched)}; {text.counted(sums.prefetched_touches, 'read')} met it"),
         ("of it not used", f"{text.size(sums.unused)} ({text.share(sums.unused, sums.prefetched)})"),
     ]
+
+
+def _summary(sums: Totals) -> list[str]:
+    waited = f"{sums.misses:,} of them, {text.size(sums.missed)}, were waited for, {sums.waited:.3f} s in all"
+    lines = [f"{text.counted(sums.touches, 'read')} of {text.size(sums.touched)}; {waited}"]
+    if sums.prefetched:
+        reasons = ", ".join(
+            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.bytes - one.used_bytes, one.bytes)})"
+            for one in sums.reasons
+        )
+        waste = text.share(sums.unused, sums.prefetched)
+        lines.append(f"{text.size(sums.prefetched)} prefetched, {waste} of it not used: {reasons}")
+    return lines
 
 
 def _tables(sums: Totals) -> list[Table]:
@@ -250,23 +280,20 @@ def _reason(profile: Profile, number: int, band: int) -> Kind:
     return Kind(f"{name}, by {100 * bounds[band]:.0f} to {100 * bounds[band + 1]:.0f} % of runs", colour, colour)
 
 
-def _kinds(trace: Trace) -> tuple[npt.NDArray[np.int64], list[Kind]]:
-    """The number of each touch's kind, and the kinds that there are."""
-    pairs = trace.touches["source"].astype(np.int64) * 2 + prefetched(trace)
-    used, numbers = np.unique(pairs, return_inverse=True)
+def _kinds(trace: Trace, found: Sequence[tuple[str, bool]]) -> list[Kind]:
+    """Colours: one for each source, and a green where it was prefetched."""
     remote = [source for source in trace.sources if source not in (HERE, UNKNOWN)]
     kinds = []
-    for pair in used.tolist():
-        source = trace.sources[pair // 2]
+    for source, was_prefetched in found:
         place = remote.index(source) if source in remote else 0
-        if pair % 2:
-            name, colour = f"prefetched from {source}", _PREFETCHED[place % len(_PREFETCHED)]
+        if was_prefetched:
+            colour = _PREFETCHED[place % len(_PREFETCHED)]
         elif source in remote:
-            name, colour = source, _SOURCES[place % len(_SOURCES)]
+            colour = _SOURCES[place % len(_SOURCES)]
         else:
-            name, colour = source, _HERE if source == HERE else _UNKNOWN
-        kinds.append(Kind(name, colour, _mixed(colour, 0.5)))
-    return numbers, kinds
+            colour = _HERE if source == HERE else _UNKNOWN
+        kinds.append(Kind(origin_name(source, was_prefetched), colour, _mixed(colour, 0.5)))
+    return kinds
 
 
 def _mixed(colour: str, white: float) -> str:

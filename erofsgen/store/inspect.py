@@ -107,7 +107,7 @@ def tags(store: Store, name: str, references: dict[str, Descriptor] | None = Non
 def list_images(store: Store) -> list[ImageFacts]:
     """Every named image, by name."""
     references = sorted(store.references().items())
-    images = _open_all(store, references)
+    images = open_all(store, references)
     users: defaultdict[str, set[str]] = defaultdict(set)
     for digest, image in images.items():
         if isinstance(image, Image):
@@ -116,8 +116,8 @@ def list_images(store: Store) -> list[ImageFacts]:
     return [_facts(name, descriptor, images[descriptor.digest], users) for name, descriptor in references]
 
 
-def _open_all(store: Store, references: Iterable[tuple[str, Descriptor]]) -> dict[str, Image | ErofsgenError]:
-    """Images by digest, or what is wrong with them."""
+def open_all(store: Store, references: Iterable[tuple[str, Descriptor]]) -> dict[str, Image | ErofsgenError]:
+    """Those images by digest, or what is wrong with them."""
 
     def try_open(item: tuple[str, Descriptor]) -> Image | ErofsgenError:
         try:
@@ -191,7 +191,7 @@ def _sharing(image: Image) -> dict[str, set[str]]:
     mine = {pack.digest for pack in image.packs}
     sharing: dict[str, set[str]] = {digest: set() for digest in mine}
     others = [item for item in image.store.references().items() if item[1].digest != image.digest]
-    opened = _open_all(image.store, others)
+    opened = open_all(image.store, others)
     for name, descriptor in others:
         other = opened[descriptor.digest]
         if isinstance(other, Image):

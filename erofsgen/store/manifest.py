@@ -24,6 +24,10 @@ TOC_OFFSET: Final = "org.erofsgen.toc.offset"
 TOC_SIZE: Final = "org.erofsgen.toc.size"
 DEVICE_SIZE: Final = "org.erofsgen.device.size"
 """On a pack's descriptor: bytes of its device address space."""
+HOT: Final = "org.erofsgen.hot"
+"""On a pack's descriptor: it is a hot pack, which holds again what starts of the image touch, in the order of first
+touch, and is written by ``erofsgen optimize``. The value counts its device bytes, from its start on, that a start of
+every command touches: a host streams these without knowing more, and the rest of the pack by its profile."""
 INDEX_SIZE: Final = "org.erofsgen.index.size"
 """On the index's descriptor: bytes of the EROFS image, uncompressed."""
 INDEX_HOLES: Final = "org.erofsgen.index.holes"
@@ -55,7 +59,8 @@ class Manifest(msgspec.Struct, rename="camel", omit_defaults=True):
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack as a manifest names it. ``slot`` counts from 1, as EROFS device ids do; ``device_size`` is in bytes."""
+    """A pack as a manifest names it. ``slot`` counts from 1, as EROFS device ids do; ``device_size`` is in bytes.
+    ``hot``: of a hot pack the device bytes that every start touches, see :data:`HOT`; None of others."""
 
     slot: int
     digest: str
@@ -63,6 +68,7 @@ class Pack:
     raw: bool
     device_size: int
     toc: TocLocation
+    hot: int | None = None
 
     @property
     def hex(self) -> str:
@@ -98,7 +104,8 @@ def pack_from_descriptor(layer: Descriptor, slot: int = 0, *, of: str = "pack") 
     if toc.offset + toc.size != layer.size:
         raise FormatError(f"{of}: pack {layer.digest}: the table of contents does not end with the pack")
     device_size = number(of, layer, DEVICE_SIZE, 1 << 32)
-    return Pack(slot, layer.digest, layer.size, layer.media_type == RAW_PACK_TYPE, device_size, toc)
+    hot = number(of, layer, HOT, device_size) if HOT in layer.annotations else None
+    return Pack(slot, layer.digest, layer.size, layer.media_type == RAW_PACK_TYPE, device_size, toc, hot)
 
 
 def number(name: str, layer: Descriptor, key: str, limit: int) -> int:

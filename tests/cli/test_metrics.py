@@ -161,7 +161,14 @@ def test_a_mount_in_numbers(sample, address: str, mount_point: Path):
             assert after[name].samples[labels] >= value, name
     assert set(after) == NAMES
     assert f"metrics  {address}" in sample("status").lines
+    counted = ("touches", "touched_bytes", "misses", "missed_bytes", "waited_seconds")
+    mounted = [after[f"erofsgen_mount_{name}"].value(image="sample:1") for name in counted]
+    assert min(mounted) > 0
     sample("umount", mount_point)
+    time.sleep(1.1)
+    later = families(address)
+    assert later["erofsgen_mounts"].samples == {}
+    assert [later[f"erofsgen_mount_{name}"].value(image="sample:1") for name in counted] >= mounted
 
 
 @pytest.mark.mount

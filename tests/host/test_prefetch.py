@@ -178,7 +178,7 @@ def test_a_demand_does_not_wait_for_a_replay(
 
     target = targets[packs[0].hex]
     with Engine([MemorySource(packs, before=before)], threads=4, memory=16 << 20) as engine:
-        made = replay(engine, steps_of(packs[0], *range(0, 30)) + steps_of(packs[1], *range(40)))
+        made = replay(engine, steps_of(packs[0], *range(30)) + steps_of(packs[1], *range(40)))
         running = threading.Thread(target=made.run)
         running.start()
         gate.wait_for()

@@ -110,9 +110,12 @@ def test_mounts_that_have_gone_are_known_by_their_device(tmp_path: Path) -> None
     assert made.gone({78}) == ["m"]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{}\n", b"[1]\n", b'{"rows": 1}\n', b"\xff\n", b"{}" + bytes(10_000), b'{"mount": "m"}\n' + bytes(24)]
-)
+DAMAGED = [
+    b"", b"{}\n", b"[1]\n", b'{"rows": 1}\n', b"\xff\n", b"{}" + bytes(10_000), b'{"mount": "m"}\n' + bytes(24),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", DAMAGED)
 def test_damaged_recordings_are_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.touches"
     path.write_bytes(data)

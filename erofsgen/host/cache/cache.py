@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -159,7 +159,7 @@ class HostCache:
     def add(self, image: Image, progress: Progress = SILENT) -> CachedImage:
         """Bring everything of an image here but its packs' frames, and what lies beside it in its store.
 
-        Manifest, config and profiles are fetched while the index is. Profiles are a hint: an image that is here is not
+        All of it is fetched at the same time. Profiles are a hint: an image that is here is not
         kept waiting for them, any other at most a second longer than for the rest.
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
@@ -171,29 +171,27 @@ class HostCache:
             (self.image_path(image.digest, "config.json"), config.digest, config.size),
         ]
         lacking = [(path, digest, size) for path, digest, size in documents if not _is_document(path, digest)]
-        with ThreadPoolExecutor(len(documents), "documents") as pool:  # which has no threads until it has work
+        missing = [pack for pack in image.packs if not self._has_toc(pack)]
+        assigned = self.layout.assigned() if missing else {}
+        places = [self._place(pack, assigned) for pack in missing]
+        # All at once: over a slow link the time is that of the slowest, not of their sum
+        with (
+            progress.task("tables of contents", len(missing)) if missing else nullcontext() as task,
+            ThreadPoolExecutor(_FETCHERS, "add") as pool,  # which has no threads until it has work
+        ):
             read = [
                 pool.submit(read_blob, image.store, digest, size, limit=MANIFEST_LIMIT) for _, digest, size in lacking
             ]
-            new = self._write_index(image) or bool(lacking)
+            tocs = [pool.submit(_read_toc, image.store, pack) for pack in missing]
+            new = self._write_index(image) or bool(lacking)  # before anything else becomes visible
             for (path, _, size), data in zip(lacking, [future.result() for future in read], strict=True):
                 self.room.reserve(size)
                 replace_file(path, data)
+            for files, toc in zip(places, tocs, strict=True):
+                self._put_toc(files, toc.result())
+                if task is not None:
+                    task.advance(1)
         self._remember(image)
-        missing = [pack for pack in image.packs if not self._has_toc(pack)]
-        if missing:
-            assigned = self.layout.assigned()
-            places = [self._place(pack, assigned) for pack in image.packs]
-            with (
-                progress.task("tables of contents", len(missing)) as task,
-                ThreadPoolExecutor(_FETCHERS, "toc") as pool,
-            ):
-                fetched = [
-                    pool.submit(self._fetch_toc, image.store, pack, places[pack.slot - 1], task.advance)
-                    for pack in missing
-                ]
-                for future in fetched:
-                    future.result()
         for pack in image.packs:
             self._prepare(pack)
         if new or missing:  # otherwise there is nothing that this would have been beside of
@@ -317,15 +315,12 @@ class HostCache:
     def _place(self, pack: Pack, assigned: dict[Path, int]) -> PackFiles:
         return self.layout.find(pack.hex) or self.layout.place(pack.hex, pack.device_size, assigned)
 
-    def _fetch_toc(self, store: Store, pack: Pack, files: PackFiles, advance: Any) -> None:  # noqa: ANN401
-        data = store.read(pack.digest, pack.toc.offset, pack.toc.size)
-        _check_toc(data, pack)
+    def _put_toc(self, files: PackFiles, data: bytes) -> None:
         self.room.reserve(len(data))
         replace_file(files.toc, data)
         with storage(files.data):
             descriptor = os.open(files.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.close(descriptor)
-        advance(1)
 
     def _prepare(self, pack: Pack) -> None:
         """A data file of full size and its map."""
@@ -413,6 +408,12 @@ class HostCache:
                 if not presence.complete:
                     return False
         return True
+
+
+def _read_toc(store: Store, pack: Pack) -> bytes:
+    data = store.read(pack.digest, pack.toc.offset, pack.toc.size)
+    _check_toc(data, pack)
+    return data
 
 
 def _is_document(path: Path, digest: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the cache holds and for whom, and how it becomes less. An image's profiles go with it.
+"""What the cache holds and for whom, and how it becomes less. Profiles outlive their image: it may come back.
 
 An image or a pack is *in use* while somebody has its file open (:func:`erofsgen.host.linux.lease`), a mount for
 instance, or its map locked because a mount is being made. Nothing in use is removed. An image's manifest is written
@@ -36,6 +36,8 @@ from erofsgen.store.manifest import Pack
 
 _OLD: Final = 24 * 3600
 """Seconds after which nobody is at a file any more that was to be renamed."""
+_UNUSED: Final = 30 * 86400.0
+"""Seconds for which the profiles of an image are kept that is no longer in the cache."""
 
 
 class PackUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,14 +181,10 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
             removed.bytes += size
 
     packs = [PackFiles(data) for data in sorted(cache.layout.data_files())]
-    profiles = HostProfiles(cache.root)
     staying = cache.images()
     if keep is not None:
         gone = {digest for digest in _kept(cache) if digest not in keep and _forget(cache, digest, remove)}
         removed.images = sorted(gone)
-        if not dry_run:
-            for digest in gone:
-                profiles.remove(digest)
         staying = [image for image in staying if image.digest not in gone]
     needed = {pack.hex for pack in packs_of(staying)}
     for files in packs:
@@ -198,7 +196,7 @@ def _remove(cache: HostCache, keep: set[str] | None, *, dry_run: bool) -> Remove
     for path in _leftovers(cache):
         remove([path])
         removed.leftovers.append(str(path))
-    lonely = drop_lonely(profiles, _kept(cache), time.time() - _OLD, dry_run=dry_run)
+    lonely = drop_lonely(HostProfiles(cache.root), _kept(cache), time.time() - _UNUSED, dry_run=dry_run)
     removed.leftovers += map(str, lonely)
     if not dry_run:
         removed.bytes += cache.cull(None, needed | {image.digest for image in staying})

@@ -97,6 +97,10 @@ class Objects:
                 return path
         return None
 
+    def keys_of(self, pack: str) -> list[Key]:
+        """The objects of the pack with this SHA-256 that are known of, with or without a name: one in each domain."""
+        return [Key(record.parent.name, pack) for record in sorted(self._records.glob(f"*/{pack}.map"))]
+
     def all(self) -> Iterator[Stored]:
         """All objects that have a name and a record, in no order."""
         for key, file in self._files():

@@ -30,12 +30,14 @@ from erofsgen.host.daemon.recorder import DIRECTORY, SECONDS, SUFFIX
 from erofsgen.host.fill.sources import describe
 from erofsgen.host.fill.work import Priority, Target
 from erofsgen.host.prefetch import recording as recordings
+from erofsgen.host.prefetch.guessing import Reader, guess_profile
 from erofsgen.host.prefetch.plan import plan
 from erofsgen.host.prefetch.recording import Arrival
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.host.profiles import HostProfiles
 from erofsgen.pack.toc import Toc
 from erofsgen.profile.chunks import Chunks
+from erofsgen.profile.guess.command import Command
 from erofsgen.profile.profile import Profile
 from erofsgen.profile.trace import Trace
 
@@ -46,6 +48,10 @@ _logger: Final = logging.getLogger(__name__)
 
 _ARRIVALS: Final = 1 << 17
 """Frames whose arrival is remembered: at a megabyte each far more than a start brings."""
+_PACKS: Final = 1024
+"""Packs of an image that heuristics look into at most."""
+_GUESSED: Final = 1 << 30
+"""Bytes that heuristics guess at most, where the configuration does not say."""
 _TAKEN: Final = 64
 """Recordings whose facts are kept for whoever wanted them."""
 _KEPT: Final = 2 * SECONDS
@@ -130,9 +136,9 @@ class Prefetching:
         try:
             self._replay(message, started)
         except ErofsgenError as error:
-            _logger.warning("%s: no prefetch: %s", mount, error)
+            _logger.warning("%s: no prefetch: %s", mount, error, extra={"mount": mount})
         except Exception as error:  # the thread's end must not be the worker's
-            _logger.exception("%s: no prefetch: %s", mount, describe(error))
+            _logger.exception("%s: no prefetch: %s", mount, describe(error), extra={"mount": mount})
         finally:
             started.state = started.replay.state if started.replay is not None else "nothing to do"
             self._worker.tell({"do": "prefetched", "mount": mount})
@@ -156,12 +162,25 @@ class Prefetching:
 
     def _profile(self, image: CachedImage, message: Message) -> Profile | None:
         """What is known of the command, by the mode that the user has chosen."""
-        mode = str(message["mode"])
+        mode, name = str(message["mode"]), str(message["command"])
         if mode in ("auto", "profile"):
-            found = self._profiles.find(image.digest, str(message["command"]))
-            if found is not None and (found.recorded or mode == "auto"):
+            found = self._profiles.best(image.digest, name)
+            if found is not None and found.recorded:
                 return found
-        return None
+        if mode == "profile" or not message["argv"]:
+            return None
+        stored = next((guess for guess in self._profiles.fetched(image.digest) if guess.command == name), None)
+        return stored if stored is not None and not stored.recorded else self._guess(image, name, message)
+
+    def _guess(self, image: CachedImage, name: str, message: Message) -> Profile | None:
+        """Heuristics, where no builder has guessed yet what this command will read."""
+        if len(image.packs) > _PACKS:
+            _logger.info("%s: %d packs are too many for heuristics", image.name, len(image.packs))
+            return None
+        command = Command(tuple(message["argv"]), message["environment"], str(message["cwd"]))
+        with self._worker.wanting([pack.hex for pack in image.packs]) as files:
+            reader = Reader(self._worker.engine, files)
+            return guess_profile(image, command, name, reader, budget=self._config.bytes or _GUESSED)
 
     @contextmanager
     def _targets(self, packs: list[str]) -> Iterator[dict[str, PackFile | ObjectFile]]:
@@ -223,7 +242,10 @@ class Prefetching:
         before = self._profiles.find(header.image, header.command)
         run = recordings.run_of(recording, chunks, before)
         profile = self._profiles.add(header.image, run)
-        _logger.info("%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size)
+        _logger.info(
+            "%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size,
+            extra={"mount": header.mount, "digest": header.image, "command": header.command},
+        )  # fmt: skip
         return {
             "token": header.token,
             "image": header.image,

@@ -106,7 +106,7 @@ class UrlSource(Source):
         self.retries = _LOCAL_RETRIES if local else None
         self.hedged = hedge and not local
         self.feed = create
-        self._proxy = proxy
+        self.proxy = proxy
         self._lock = threading.Lock()  # one thread opens, others wait for that
         self._store: Store | None = None
 
@@ -120,11 +120,15 @@ class UrlSource(Source):
             if self._store is None:
                 try:
                     self._store = open_store(
-                        self.url, create=self.feed, attempts=1, timeout=self.timeout, proxy=self._proxy
+                        self.url, create=self.feed, attempts=1, timeout=self.timeout, proxy=self.proxy
                     )
                 except NotFoundError as error:  # a store that is not there does not lack this blob alone
                     raise RemoteError(str(error), hint=error.hint) from error
             return self._store
+
+    def opened(self, timeout: float) -> Store:
+        """The store, opened for somebody else, who closes it; nothing is made. Raises as :func:`open_store`."""
+        return open_store(self.url, attempts=1, timeout=timeout, proxy=self.proxy)
 
     def doubt(self) -> None:
         if self._store is not None:
