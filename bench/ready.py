@@ -89,7 +89,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A container with its image in the registry and in the store, and a host that has all of it."""
+    """A container, its image, and where the host is that has all of it."""
 
     container: Container
     image: Image
@@ -156,17 +156,16 @@ class ReadyBench(Bench):
     # --- before anything is measured ---------------------------------------------------------------------------------
 
     def prepared(self, container: Container) -> Prepared:
-        """The container, ready to be started in every way; made on first use."""
+        """The container, its image in the store; built on first use."""
         name = container.name
         if name not in self._prepared:
             image = container.image()
             say(f"{name}: {image.tar_size / MIB:.0f} MiB, {image.blob_size / MIB:.0f} compressed")
-            prepared = self._prepared[name] = Prepared(container, image, self.place())
+            self._prepared[name] = Prepared(container, image, self.place())
             hostkit.build(open_store(self.store_url(), create=True), f"oci:{image.reference}", name)
-            self._prepare(prepared)
         return self._prepared[name]
 
-    def _prepare(self, prepared: Prepared) -> None:
+    def prepare_ways(self, prepared: Prepared) -> None:
         """What the chosen ways need beyond the image in the store."""
         name, ways = prepared.name, set(self.ways)
         if CONTAINERD in ways:
@@ -190,11 +189,10 @@ class ReadyBench(Bench):
         self.start(container, lambda port: [*recorded, *self.lazily(
             self.store_url(), host.root, prepared.name, container, [*environment, *port], "--prefetch", "none",
         )])  # fmt: skip
-        profiles = HostProfiles(host.root)
-        profile = profiles.find(self.digest(prepared.name), command_name(container.command))
-        if profile is None:
-            raise SystemExit(f"bench: nothing was recorded of {container.name}")
-        return profile
+        for profile in HostProfiles(host.root).recorded(self.digest(prepared.name)):
+            if profile.command == command_name(container.command):
+                return profile
+        raise SystemExit(f"bench: nothing was recorded of {container.name}")
 
     def digest(self, name: str) -> str:
         """Of the manifest of an image in the store."""
@@ -345,6 +343,7 @@ def starts(bench: ReadyBench) -> None:
     """Seconds to ready."""
     for container in bench.containers:
         prepared = bench.prepared(container)
+        bench.prepare_ways(prepared)
         table = new_table(container)
         for latency in bench.latencies:
             found = side_by_side(bench, prepared, latency)
