@@ -32,8 +32,9 @@ def profile_of(
     with ``carry`` they have digests, so that chunks are known in images without their packs, too."""
     packs = [pack.hex for pack in image.packs]
     rows = np.zeros(len(touches), ROW)
+    places: dict[str, list[tuple[int, int, int]]] = {}
     for number, (path, chunk) in enumerate(touches):
-        slot, block, length = places_of(image, path)[chunk]
+        slot, block, length = (places.get(path) or places.setdefault(path, places_of(image, path)))[chunk]
         digest = blake3(image.pack_reader(slot).read(block * BLOCK, length)).digest(8) if carry else bytes(8)
         rows[number] = (slot - 1, block, length, np.void(digest), 10 * number, runs, 0)
     for column, values in more.items():

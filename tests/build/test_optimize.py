@@ -26,6 +26,7 @@ from erofsgen.build.gc import collect
 from erofsgen.build.optimize import optimize
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.errors import NotFoundError, UsageError
+from erofsgen.profile import beside
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered
 from erofsgen.store.directory import DirectoryStore
@@ -173,6 +174,23 @@ def test_another_name(parts, maker):
     assert Image.open(maker.store, "hot").digest == result.digest != image.digest
 
 
+def test_profiles_lie_beside_the_new_image(parts, maker):
+    image = parts[3]
+    serve = profile_of(image, ("one", 2), command="serve")
+    guess = profile_of(image, ("one", 2), ("two", 0), command="guess", runs=0)
+    optimized = optimize(image, [serve], others=[guess])
+    assert optimized.result.profiles == 2
+    found = beside.load(maker.store, optimized.manifest.digest)
+    assert [profile.encode() for profile in found] == [profile.encode() for profile in optimized.moved]
+    assert [profile.command for profile in found] == ["serve", "guess"]
+    assert beside.load(maker.store, image.digest) == []
+    # those of other commands stay when the same image is made again
+    optimize(image, [serve])
+    assert [profile.command for profile in beside.load(maker.store, optimized.manifest.digest)] == ["serve", "guess"]
+    collect(maker.store)
+    assert len(beside.load(maker.store, optimized.manifest.digest)) == 2
+
+
 # --- again and again -------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +260,7 @@ def test_packs_whose_chunks_are_all_hot_go(maker):
     assert new.packs[0].hot == new.packs[0].device_size
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_image_and_any_profiles(tmp_path_factory, data):
     """Whatever is touched, again and again: every file reads the same, and only the last profiles count."""

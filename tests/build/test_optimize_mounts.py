@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from handmade import read_tree
-from lazykit import Host
+from lazykit import Host, eventually
 from stockkit import devices_by_zstd, index_by_zstd
 
 from erofsgen.build.optimize import Optimized, optimize
 from erofsgen.host.cache.cache import HostCache
 from erofsgen.host.mount.mounts import mount, unmount
+from erofsgen.host.prefetch.start import Start
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered
 from erofsgen.store.directory import DirectoryStore
@@ -75,8 +76,8 @@ def test_the_kernel_reads_the_same(case: Case, tmp_path: Path, mount_point: Path
         unmount(mount_point, root=tmp_path / "host")
 
 
-@pytest.mark.parametrize("plane", ["fanotify", "blockfuse", "fuse"])
-def test_every_plane_reads_the_same(case: Case, tmp_path: Path, mount_point: Path, plane):
+@pytest.mark.parametrize("plane", ["blockfuse", "fuse"])
+def test_other_planes_read_the_same(case: Case, tmp_path: Path, mount_point: Path, plane):
     host = Host(tmp_path / "host", plane)
     try:
         host.mount(case.after, mount_point)
@@ -111,3 +112,31 @@ def test_zeros_are_extracted_as_holes(case: Case):
     assert len(image.packs) in slots
     holes = [extent for extent in image.sparse_extents(node) if extent.device is None]
     assert sum(extent.length for extent in holes) == 5 * CHUNK
+
+
+def test_a_start_is_the_hot_pack(case: Case, tmp_path: Path, mount_point: Path):
+    """The profile that lies beside the image is replayed: the hot pack arrives, in one range, and nothing else."""
+    host = Host(tmp_path / "host", "fanotify", read_ahead=0)
+    host.start("--worker=--complete-at", "--worker=2")
+    try:
+        host.mount(case.after, mount_point, start=Start(command="run", mode="profile"))
+        cache = HostCache(host.root)
+        frames: dict[str, tuple[int, int]] = {}
+
+        def arrived() -> bool:
+            for pack in case.after.packs:
+                file = cache.open_pack(pack)
+                frames[pack.hex] = file.presence.count(), len(case.after.pack_reader(pack.slot).toc)
+                file.close()
+            return frames[case.after.packs[-1].hex][0] == frames[case.after.packs[-1].hex][1]
+
+        eventually(arrived)
+        assert [pack.hex for pack in case.after.packs if frames[pack.hex][0]] == [case.after.packs[-1].hex]
+        assert host.engine()["reads"] == 1
+        # which has whatever the command touches
+        (moved,) = case.optimized.moved
+        assert set(moved.packs) == {case.after.packs[-1].hex}
+        assert read_tree(mount_point) == case.files
+    finally:
+        unmount(mount_point, root=host.root)
+        host.end()

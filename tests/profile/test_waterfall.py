@@ -127,7 +127,7 @@ paths = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(paths, st.integers(1, 30), st.data())
 def test_folding(paths, limit, data):
     weights = data.draw(st.lists(st.integers(1, 1 << 40), min_size=len(paths), max_size=len(paths)))
@@ -224,7 +224,7 @@ def checked(text: str, rows: int) -> Page:
     return page
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(traces(), st.booleans(), st.integers(1, 8), words)
 @example(trace_of([]), True, 5, "")
 def test_any_run_has_a_page(chunks, trace, with_chunks, limit, title):
@@ -237,7 +237,7 @@ def test_any_run_has_a_page(chunks, trace, with_chunks, limit, title):
     checked(html.page(picture), len(picture.rows))
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(traces(), st.booleans())
 @example(trace_of([]), True)
 def test_any_run_is_drawn(chunks, tmp_path_factory, trace, with_chunks):
