@@ -181,18 +181,24 @@ class ReadyBench(Bench):
         if OPTIMIZED in ways:
             run(EROFSGEN, "--store", self.store_url(), "optimize", "--quiet", name, "--as", prepared.optimized)
 
-    def record(self, host: EmptyHost, prepared: Prepared, *options: str, environment: Sequence[str] = ()) -> Profile:
-        """The profile of a start of the container on ``host``, with ``options`` of ``profile record``."""
+    def record(self, host: EmptyHost, prepared: Prepared, *options: str, environment: Sequence[str] = ()) -> None:
+        """Record a start of the container on ``host``, with ``options`` of ``profile record``."""
         container = prepared.container
         settings = ["--store", self.store_url(), "--root", os.fspath(host.root)]
         recorded = [EROFSGEN, *settings, "profile", "record", *options, "--"]
         self.start(container, lambda port: [*recorded, *self.lazily(
             self.store_url(), host.root, prepared.name, container, [*environment, *port], "--prefetch", "none",
         )])  # fmt: skip
-        for profile in HostProfiles(host.root).recorded(self.digest(prepared.name)):
-            if profile.command == command_name(container.command):
+
+    def recorded_here(self, prepared: Prepared, *variables: str) -> Profile:
+        """The profile of one start with these variables, on a host of its own that tells nobody."""
+        with EmptyHost(self.place()) as host:
+            self.record(host, prepared, "--no-push", environment=variables)
+            recorded = HostProfiles(host.root).recorded(self.digest(prepared.name))
+        for profile in recorded:
+            if profile.command == command_name(prepared.container.command):
                 return profile
-        raise SystemExit(f"bench: nothing was recorded of {container.name}")
+        raise SystemExit(f"bench: nothing was recorded of {prepared.name}")
 
     def digest(self, name: str) -> str:
         """Of the manifest of an image in the store."""
@@ -437,10 +443,7 @@ def bytecode(bench: ReadyBench) -> None:
         if container.name == "torch":
             continue  # all of its packages have byte code
         prepared = bench.prepared(container)
-        profiles = []
-        for variables in ((), (), ("PYTHONDONTWRITEBYTECODE=1",)):
-            with EmptyHost(bench.place()) as host:
-                profiles.append(bench.record(host, prepared, "--no-push", environment=variables))
+        profiles = [bench.recorded_here(prepared, *some) for some in ((), (), ("PYTHONDONTWRITEBYTECODE=1",))]
         unset, again, with_it = map(chunks, profiles)
         for what, some in (
             ("unset", unset),
