@@ -89,7 +89,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A container with its image in the registry and in the store, and a host that has all of it."""
+    """A container, its image, and where the host is that has all of it."""
 
     container: Container
     image: Image
@@ -156,17 +156,16 @@ class ReadyBench(Bench):
     # --- before anything is measured ---------------------------------------------------------------------------------
 
     def prepared(self, container: Container) -> Prepared:
-        """The container, ready to be started in every way; made on first use."""
+        """The container, its image in the store; built on first use."""
         name = container.name
         if name not in self._prepared:
             image = container.image()
             say(f"{name}: {image.tar_size / MIB:.0f} MiB, {image.blob_size / MIB:.0f} compressed")
-            prepared = self._prepared[name] = Prepared(container, image, self.place())
+            self._prepared[name] = Prepared(container, image, self.place())
             hostkit.build(open_store(self.store_url(), create=True), f"oci:{image.reference}", name)
-            self._prepare(prepared)
         return self._prepared[name]
 
-    def _prepare(self, prepared: Prepared) -> None:
+    def prepare_ways(self, prepared: Prepared) -> None:
         """What the chosen ways need beyond the image in the store."""
         name, ways = prepared.name, set(self.ways)
         if CONTAINERD in ways:
@@ -182,19 +181,24 @@ class ReadyBench(Bench):
         if OPTIMIZED in ways:
             run(EROFSGEN, "--store", self.store_url(), "optimize", "--quiet", name, "--as", prepared.optimized)
 
-    def record(self, host: EmptyHost, prepared: Prepared, *options: str, environment: Sequence[str] = ()) -> Profile:
-        """The profile of a start of the container on ``host``, with ``options`` of ``profile record``."""
+    def record(self, host: EmptyHost, prepared: Prepared, *options: str, environment: Sequence[str] = ()) -> None:
+        """Record a start of the container on ``host``, with ``options`` of ``profile record``."""
         container = prepared.container
         settings = ["--store", self.store_url(), "--root", os.fspath(host.root)]
         recorded = [EROFSGEN, *settings, "profile", "record", *options, "--"]
         self.start(container, lambda port: [*recorded, *self.lazily(
             self.store_url(), host.root, prepared.name, container, [*environment, *port], "--prefetch", "none",
         )])  # fmt: skip
-        profiles = HostProfiles(host.root)
-        profile = profiles.find(self.digest(prepared.name), command_name(container.command))
-        if profile is None:
-            raise SystemExit(f"bench: nothing was recorded of {container.name}")
-        return profile
+
+    def recorded_here(self, prepared: Prepared, *variables: str) -> Profile:
+        """The profile of one start with these variables, on a host of its own that tells nobody."""
+        with EmptyHost(self.place()) as host:
+            self.record(host, prepared, "--no-push", environment=variables)
+            recorded = HostProfiles(host.root).recorded(self.digest(prepared.name))
+        for profile in recorded:
+            if profile.command == command_name(prepared.container.command):
+                return profile
+        raise SystemExit(f"bench: nothing was recorded of {prepared.name}")
 
     def digest(self, name: str) -> str:
         """Of the manifest of an image in the store."""
@@ -345,6 +349,7 @@ def starts(bench: ReadyBench) -> None:
     """Seconds to ready."""
     for container in bench.containers:
         prepared = bench.prepared(container)
+        bench.prepare_ways(prepared)
         table = new_table(container)
         for latency in bench.latencies:
             found = side_by_side(bench, prepared, latency)
@@ -438,10 +443,7 @@ def bytecode(bench: ReadyBench) -> None:
         if container.name == "torch":
             continue  # all of its packages have byte code
         prepared = bench.prepared(container)
-        profiles = []
-        for variables in ((), (), ("PYTHONDONTWRITEBYTECODE=1",)):
-            with EmptyHost(bench.place()) as host:
-                profiles.append(bench.record(host, prepared, "--no-push", environment=variables))
+        profiles = [bench.recorded_here(prepared, *some) for some in ((), (), ("PYTHONDONTWRITEBYTECODE=1",))]
         unset, again, with_it = map(chunks, profiles)
         for what, some in (
             ("unset", unset),
