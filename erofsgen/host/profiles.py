@@ -119,7 +119,7 @@ class HostProfiles:
         for path in self._files(digest, "fetched"):
             if path not in wanted:
                 path.unlink(missing_ok=True)
-        for path, profile in wanted.items():
+        for path, profile in reversed(wanted.items()):  # so that the first is the youngest
             replace_file(path, profile.encode())
         if profiles and manifest:
             replace_file(mark, manifest.encode())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
-from erofsgen.profile.profile import Profile
 from erofsgen.store.profiles import COMMAND_LIMIT
+
+if TYPE_CHECKING:  # whoever starts a container only needs the name
+    from erofsgen.profile.profile import Profile
 
 _MARK: Final = 8
 """Hex digits that keep commands apart which look alike after they were cut."""

@@ -93,6 +93,19 @@ def parts(trace: Trace, chunks: Chunks | None) -> npt.NDArray[np.void]:
     return result
 
 
+def by_file(found: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """:func:`parts` with one for each file that a touch touched; ``chunk`` is the first of them."""
+    if not len(found):
+        return found
+    found = found[np.lexsort((found["chunk"], found["file"], found["touch"]))]
+    touch, file = found["touch"], found["file"]
+    starts = np.flatnonzero(np.concatenate(([True], (touch[1:] != touch[:-1]) | (file[1:] != file[:-1]))))
+    result = found[starts]
+    for field in ("length", "waited"):
+        result[field] = np.add.reduceat(found[field], starts)
+    return result
+
+
 def _give_waits(result: npt.NDArray[np.void], waited: npt.NDArray[np.uint32]) -> None:
     order = np.lexsort((np.arange(len(result)), -result["length"], result["touch"]))
     touch = result["touch"][order]

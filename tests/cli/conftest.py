@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagemaker
 import pytest
 import samples
 from lazykit import Host
 
 from erofsgen.cli.main import run
+from erofsgen.store.directory import DirectoryStore
 
 PROGRAM = Path(sys.executable).with_name("erofsgen")
 
@@ -124,14 +124,12 @@ def own_sample(sample_store: Path, tmp_path: Path, capfdbinary: pytest.CaptureFi
 
 @pytest.fixture(scope="session")
 def demo_places(
-    demo_image: imagemaker.Image, require_root: None, tmp_path_factory: pytest.TempPathFactory
+    demo_store: DirectoryStore, require_root: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Path]]:
     """A store with ``demo``, the demo image, and a root whose host cache is filled once."""
-    place = tmp_path_factory.mktemp("demo")
-    command = [PROGRAM, "--store", place / "store", "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    yield place / "store", place / "host"
-    Host(place / "host").end()
+    root = tmp_path_factory.mktemp("demo") / "host"
+    yield demo_store.path, root
+    Host(root).end()
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_unmounting_while_somebody_reads(shared, fresh):
 @case("worker killed")
 def test_a_killed_worker_is_not_noticed(lazy_plane, site, wide):
     mounted = site.mount(wide.image)
-    os.kill(site.host.status()["worker"], signal.SIGSTOP)
+    site.host.kill("worker", send=signal.SIGSTOP)
     reader = Reader(mounted / "two", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
     site.host.kill("worker")
@@ -129,7 +129,7 @@ def test_a_killed_worker_is_not_noticed(lazy_plane, site, wide):
 @pytest.mark.parametrize("victims", [["pid"], ["worker", "pid"], ["standby"]], ids="+".join)
 def test_a_killed_daemon_is_replaced(lazy_plane, site, wide, victims):
     mounted = site.mount(wide.image)
-    first = site.host.status()
+    first = site.host.running("worker")
     os.kill(first["worker"], signal.SIGSTOP)
     reader = Reader(mounted / "one", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
@@ -145,7 +145,7 @@ def test_a_killed_daemon_is_replaced(lazy_plane, site, wide, victims):
 def test_readers_get_errors_when_nobody_is_left(lazy_plane, site, wide):
     mounted = site.mount(wide.image)
     assert Reader(mounted / "one").get() == wide.files["one"][:4096]
-    status = site.host.status()
+    status = site.host.running("standby", "worker")
     os.kill(status["pid"], signal.SIGSTOP)  # or it would start another standby
     for name in ("standby", "pid", "worker"):
         os.kill(status[name], signal.SIGKILL)
@@ -179,7 +179,7 @@ def test_a_store_that_is_away(lazy_plane, site, wide):
 def test_a_read_does_not_outlive_its_deadline(lazy_plane, site, wide):
     site.host.options.append("--deadline=3")
     mounted = site.mount(wide.image)
-    worker = site.host.status()["worker"]
+    worker = site.host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     started = time.monotonic()
     try:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -19,7 +20,7 @@ from erofsgen.profile.guess.libraries import Libraries
 from erofsgen.profile.guess.python import Python
 from erofsgen.profile.guess.request import Code, Request
 from erofsgen.profile.guess.rounds import Rounds
-from erofsgen.profile.guess.stacks import known
+from erofsgen.profile.guess.stacks import NEVER, known
 from erofsgen.profile.guess.tree import File, Tree, join
 
 MAIN: Final = "__main__"
@@ -31,6 +32,8 @@ _PORTIONS_MAX: Final = 100
 _TEXTS_MAX: Final = 2_000
 _MATCHES_MAX: Final = 20_000
 _OBJECT: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*)(?::[\w.]+(?:\(.*\))?)?\Z")
+
+_DOTTED: Final = re.compile(rb"\0((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*)(?=\0)")
 
 
 @dataclass
@@ -167,7 +170,7 @@ class Imports:
     def _begin(self, module: Module) -> None:
         """Have it found out what a module imports and loads."""
         if module.extension:
-            self._libraries.start(module.files[0].path, runs=True)
+            self._libraries.start(module.files[0].path, then=partial(self._take_compiled, module))
         elif module.files:
             self._rounds.start(self._read(module))
         for name in known(module.name).imports:
@@ -200,7 +203,7 @@ class Imports:
         without = known(module.name).without
         for request in code.requests:
             name = absolute(module, request)
-            if name is None or name in without:
+            if name is None or name in without or name in NEVER:
                 continue
             module.below += self._import(name)
             package = self._modules.get(name)
@@ -208,13 +211,23 @@ class Imports:
                 continue
             for wanted in request.names:
                 inside = f"{name}.{wanted}"
-                if wanted != "*" and inside not in without and self.find(inside):
+                if wanted != "*" and inside not in without and inside not in NEVER and self.find(inside):
                     module.below += self._import(inside)[-1:]
         module.texts = list(dict.fromkeys(code.texts))[:_TEXTS_MAX]
         for text in module.texts:
             meant = self.start_object(text)
             if meant:
                 module.below.append(meant)
+
+    def _take_compiled(self, module: Module, data: bytes) -> None:
+        """Cython's modules import others of theirs whose names are strings in them."""
+        if b"__pyx_capi__" not in data:
+            return
+        for found in islice(_DOTTED.finditer(data), _TEXTS_MAX):
+            name = found[1].decode()
+            other = self.find(name) if name not in NEVER and name not in module.below else None
+            if other and other.extension and other is not module:
+                module.below += self._import(name)
 
     # --- what came of it
 

@@ -8,14 +8,14 @@ loader does not read it, only ldconfig does.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from erofsgen.errors import FormatError
 from erofsgen.profile.guess import elf as format_
 from erofsgen.profile.guess.elf import DT_NEEDED, DT_RPATH, DT_RUNPATH, PT_DYNAMIC, PT_INTERP, Elf, Span
-from erofsgen.profile.guess.loading import touched
+from erofsgen.profile.guess.loading import WHOLE, touched
 from erofsgen.profile.guess.rounds import Rounds
 from erofsgen.profile.guess.tree import File, Tree, join
 
@@ -27,7 +27,7 @@ _CACHE_ENTRY: Final = struct.Struct("<iIIIQ")
 
 OBJECTS_MAX: Final = 5_000
 _NEEDED_MAX: Final = 1_000
-_WHOLE: Final = 1 << 20
+_HEAD: Final = 1 << 20
 """A file up to this size is one chunk: reading less of it saves nothing."""
 _STRINGS_MAX: Final = 64 << 10
 _DYNAMIC_MAX: Final = 64 << 10
@@ -73,21 +73,28 @@ class Libraries:
         if cache and cache.node.size <= _CACHE_MAX:
             self._cache = parse_cache(await self._rounds.fetch(cache.node) or b"")
 
-    def start(self, path: bytes, *, runs: bool = False) -> None:
-        """Look at a file and at everything it needs. ``runs``: see :func:`~erofsgen.profile.guess.loading.touched`."""
-        self._start(path, (), runs=runs)
+    def start(self, path: bytes, *, runs: bool = False, then: Callable[[bytes], None] | None = None) -> None:
+        """Look at a file and at everything it needs. ``runs``: see :func:`~erofsgen.profile.guess.loading.touched`;
+        so does a file that ``then`` is to see all bytes of, if they are not too many."""
+        self._start(path, (), runs=runs or then is not None, then=then)
 
-    def _start(self, path: bytes, above: tuple[bytes, ...], *, runs: bool) -> None:
+    def _start(
+        self, path: bytes, above: tuple[bytes, ...], *, runs: bool = False, then: Callable[[bytes], None] | None = None
+    ) -> None:
         file = self._tree.file(path)
         if file and file.path not in self._objects and len(self._objects) < OBJECTS_MAX:
             self._objects[file.path] = None
-            self._rounds.start(self._look(file, path, above, runs=runs))
+            self._rounds.start(self._look(file, path, above, runs=runs, then=then))
 
-    async def _look(self, file: File, path: bytes, above: tuple[bytes, ...], *, runs: bool) -> None:
+    async def _look(
+        self, file: File, path: bytes, above: tuple[bytes, ...], *, runs: bool, then: Callable[[bytes], None] | None
+    ) -> None:
         size = file.node.size
-        head = await self._rounds.fetch(file.node, 0, min(size, _WHOLE))
+        head = await self._rounds.fetch(file.node, 0, size if then and size <= WHOLE else _HEAD)
         if not head:
             return
+        if then and len(head) == size:
+            then(head)
         elf = format_.parse(head)
         found = self._objects[file.path] = Object(file, touched(elf, size, runs=runs))
         part = elf.first(PT_INTERP)
@@ -95,7 +102,7 @@ class Libraries:
             found.interpreter = (await self._part(file, head, part.span) or b"").rstrip(b"\0") or None
             if found.interpreter:
                 self._default_directories(elf, found.interpreter)
-                self._start(found.interpreter, (), runs=False)
+                self._start(found.interpreter, ())
         dynamic = elf.first(PT_DYNAMIC)
         if dynamic is None:
             return
@@ -112,7 +119,7 @@ class Libraries:
             place = self._search(name, searched, elf)
             if place is not None:
                 found.libraries.append(place)
-                self._start(place, below, runs=False)
+                self._start(place, below)
 
     async def _part(self, file: File, head: bytes, span: Span) -> bytes | None:
         """Bytes of a file whose first ones are here."""

@@ -28,6 +28,7 @@ FROZEN: Final = frozenset({
     "ntpath", "os", "posixpath", "runpy", "site", "stat", "zipimport",
 })  # fmt: skip
 """Modules that are part of the interpreter from 3.11 on: no file is read for them (Python/frozen.c)."""
+_ALWAYS_FROZEN: Final = frozenset({"importlib._bootstrap", "importlib._bootstrap_external", "zipimport"})
 
 _ARGUMENT: Final = frozenset("WX")
 """Options that take an argument, besides -c and -m."""
@@ -99,7 +100,7 @@ class Python:
 
     def is_frozen(self, name: str) -> bool:
         """Whether a module is part of the interpreter."""
-        return self.version >= FROZEN_SINCE and name in FROZEN
+        return name in _ALWAYS_FROZEN or (self.version >= FROZEN_SINCE and name in FROZEN)
 
     def startup(self, flags: str) -> Iterator[str]:
         """The modules that it imports first, in order."""

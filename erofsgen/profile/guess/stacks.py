@@ -22,7 +22,28 @@ class Stack(NamedTuple):
 
 _NONE: Final = Stack()
 
-STACKS: Final[dict[str, Stack]] = {}
+_NUMPY_STAR: Final = ("numpy.char", "numpy.ctypeslib", "numpy.f2py", "numpy.fft", "numpy.linalg", "numpy.polynomial",
+                      "numpy.random", "numpy.rec", "numpy.strings", "numpy.testing")  # fmt: skip
+"""What ``from numpy import *`` imports by name."""
+
+STACKS: Final[dict[str, Stack]] = {
+    # the standard library
+    "importlib.util": Stack(imports=("importlib._abc", "types", "contextlib", "functools", "warnings")),
+    # numerics
+    "numpy._core.multiarray": Stack(imports=("numpy._core._exceptions", "numpy.dtypes", "datetime")),
+    "scipy._lib._testutils": Stack(imports=("sysconfig",)),
+    "scipy._lib.array_api_compat.numpy": Stack(imports=(*_NUMPY_STAR, "scipy._lib.array_api_compat.numpy.fft")),
+    "sklearn.externals.array_api_compat.numpy": Stack(
+        imports=(*_NUMPY_STAR, "sklearn.externals.array_api_compat.numpy.fft")
+    ),
+}
+
+NEVER: Final = frozenset({
+    "_py_abc", "_pydatetime", "_pydecimal", "_pyio", "_py_warnings", "_threading_local", "asyncio.windows_events",
+    "asyncio.windows_utils", "ctypes.wintypes", "multiprocessing.popen_spawn_win32", "numpy.core._multiarray_umath",
+    "nturl2path",
+})  # fmt: skip
+"""Modules that stand in import statements for other systems, or for when compiled ones are missing."""
 
 
 def known(name: str) -> Stack:
