@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from erofsgen.host.fill.histogram import BOUNDS, Histogram
 
 
-@given(st.lists(st.one_of(st.floats(0, 100), st.sampled_from(BOUNDS))))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.one_of(st.floats(0, 100), st.sampled_from(BOUNDS)), max_size=40))
 def test_every_duration_is_counted_where_it_belongs(durations: list[float]):
     histogram = Histogram()
     for seconds in durations:
