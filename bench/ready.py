@@ -297,7 +297,7 @@ class ReadyBench(Bench):
             misses=int((waited > 0).sum()),
             waited=int(waited.sum(dtype=np.int64)) / 1e6,
             prefetched=int(brought["length"].sum(dtype=np.int64)),
-            unused=int(brought["length"][~brought["used"]].sum(dtype=np.int64)),
+            unused=int(brought["length"][brought["judged"] & ~brought["used"]].sum(dtype=np.int64)),
             trace=trace,
         )
 
