@@ -156,8 +156,8 @@ class Libraries:
         spans = code_at(elf, found)
         more: list[Span] = []
         if sum(span.length for span in spans) <= _CODE_MAX:
-            for span in spans:
-                code = await self._part(file, head, span)
+            codes = await self._rounds.fetch_all(file.node, spans)
+            for span, code in zip(spans, codes, strict=True):
                 more += code_at(elf, called(elf, code or b"", elf.address_of(span.offset) or 0), reach=1)
         return [*spans, *more]
 
