@@ -115,8 +115,10 @@ class _Result:
             reason = "loader"
         # whole chunks, since nothing less is brought
         chunk, size = found.file.node.chunk_size or 1, found.file.node.size
-        whole = [Span(start - start % chunk, length + start % chunk + -(start + length) % chunk)
-                 for start, length in found.spans]
+        whole = [
+            Span(start - start % chunk, length + start % chunk + -(start + length) % chunk)
+            for start, length in found.spans
+        ]
         for span in merged(whole, size):
             self._add(reason, found.file.path, span.offset, span.length)
 
