@@ -155,6 +155,8 @@ def test_a_profile_that_is_too_large(directory_place: Place, monkeypatch: pytest
     monkeypatch.setattr(kept, "LIMIT", len(small.encode()) + len(large.encode()) - 1)
     assert [profile.command for profile in beside.add_all(store, image.descriptor, [large])] == ["large", "small"]
     assert [profile.command for profile in beside.load(store, image.digest)] == ["large"]
+    with pytest.raises(FormatError, match="300 characters"):
+        beside.add(store, image.descriptor, run_of(image, command="x" * 300))
     monkeypatch.setattr(kept, "LIMIT", 50)
     with pytest.raises(FormatError, match="more than 50 bytes"):
         beside.save(store, image.descriptor, [large])
