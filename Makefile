@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
-BENCHES := bench/build.py bench/host.py bench/fuse.py bench/store.py
+BENCHES := bench/build.py bench/host.py bench/fuse.py bench/store.py bench/ready.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint vmtest vmtest-all bench clean
@@ -33,8 +33,9 @@ vmtest-all: setup ## Run the kernel tests on every kernel and write docs/conform
 	@packaging/setup vm
 	@vmtests/run --all $(ARGS)
 
-bench: setup ## Run every benchmark (makes a 2 GB image the first time); ARGS=--quick for a smoke run
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' </dev/null
+bench: setup ## Run every benchmark (makes 5 GB of images the first time); ARGS=--quick for a smoke run
+	@packaging/setup bench
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench,plot]' </dev/null
 	@for script in $(BENCHES); do $(VENV)/bin/python "$$script" $(ARGS) || exit; done
 
 clean: ## Unmount what was left mounted, remove .cache, .venv and tool caches

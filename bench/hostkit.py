@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import peers
@@ -47,11 +47,65 @@ FIRST, LARGE = "a-first", "b-large"
 _PATIENCE = 30.0
 
 
-class Host:
-    """A host cache of its own below ``place`` with one image of ``store``, and a daemon for ``plane`` with ``options``.
+class EmptyHost:
+    """A host cache of its own below ``place`` with nothing in it, and a daemon for ``plane`` with ``options``.
 
-    Afterwards nothing of it is mounted, no process runs, no file is left.
+    Afterwards nothing of it is mounted, no process runs, no file is left unless ``keep`` is set.
     """
+
+    def __init__(
+        self, place: Path, options: Sequence[str] = (), *, plane: Plane = "fanotify", keep: bool = False
+    ) -> None:
+        self.root = place / "root"
+        self.plane = plane
+        self._place = place
+        self._options = ["--plane", plane, *options]
+        self._keep = keep
+        self._pid = 0
+
+    def __enter__(self) -> Self:
+        try:
+            self.call("hello")
+            self.engine()  # the worker takes its time to import what it needs
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+        if not self._keep:
+            shutil.rmtree(self._place, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End what runs and unmount what is mounted; the files stay."""
+        stop(self.root, self._pid)
+        self._pid = 0
+        unmount_below(self._place)
+        for pid in servers(self.root):  # what starts them waits a minute for more to do
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def call(self, do: str) -> dict[str, Any]:
+        """What the daemon replies, which is started where none runs."""
+        with Client.start(self.root, self._options) as client:
+            facts = client.call(do)
+        self._pid = facts.get("pid", self._pid)
+        return facts
+
+    def worker(self) -> dict[str, Any]:
+        """The worker's status."""
+        with Client.start(self.root, self._options) as client:
+            return client.worker("status")
+
+    def engine(self) -> dict[str, Any]:
+        """Counters of the fill engine."""
+        counters: dict[str, Any] = self.worker()["engine"]
+        return counters
+
+
+class Host(EmptyHost):
+    """A host with what a lazy mount of one image of ``store`` needs, and a place to mount it."""
 
     def __init__(
         self,
@@ -62,45 +116,11 @@ class Host:
         *,
         plane: Plane = "fanotify",
     ) -> None:
-        self.root = place / "root"
+        super().__init__(place, options, plane=plane)
         self.target = place / "mnt"
-        self.plane = plane
-        self._place = place
-        self._options = ["--plane", plane, *options]
-        self._pid = 0
         self.target.mkdir(parents=True)
         self.cache = HostCache(self.root)
         self.image: CachedImage = self.cache.add(Image.open(store, name))
-
-    def __enter__(self) -> Host:
-        try:
-            self.call("hello")
-            self.engine()  # the worker takes its time to import what it needs
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        stop(self.root, self._pid)
-        unmount_below(self._place)
-        for pid in servers(self.root):  # what starts them waits a minute for more to do
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        shutil.rmtree(self._place, ignore_errors=True)
-
-    def call(self, do: str) -> dict[str, Any]:
-        """What the daemon replies, which is started where none runs."""
-        with Client.start(self.root, self._options) as client:
-            facts = client.call(do)
-        self._pid = facts.get("pid", self._pid)
-        return facts
-
-    def engine(self) -> dict[str, Any]:
-        """Counters of the fill engine."""
-        with Client.start(self.root, self._options) as client:
-            counters: dict[str, Any] = client.worker("status")["engine"]
-        return counters
 
     def complete(self) -> None:
         """Have all of the image in the cache."""

@@ -82,7 +82,7 @@ def serve(order: Order, device: int, ready: Callable[[], None]) -> None:
         raise StorageError(f"the kernel does not answer: {error.strerror}") from error
     _logger.info(
         "server %d of %s: %s", os.getpid(), order.mount, order.plane,
-        extra={"mount": order.mount, "image": order.image, "plane": order.plane},
+        extra={"mount": order.mount, "digest": order.image, "plane": order.plane},
     )  # fmt: skip
     ready()
     trio.run(_serve, session, link)

@@ -31,6 +31,16 @@ def demo_image() -> imagemaker.Image:
 
 
 @pytest.fixture(scope="session")
+def demo_store(demo_image: imagemaker.Image, tmp_path_factory: pytest.TempPathFactory) -> DirectoryStore:
+    """A store with the demo image as ``demo``, built by the program. Add images to it, but remove none."""
+    path = tmp_path_factory.mktemp("demo") / "store"
+    program = Path(sys.executable).with_name("erofsgen")
+    command = [program, "--store", path, "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return DirectoryStore(path)
+
+
+@pytest.fixture(scope="session")
 def umoci_unpacked(demo_image: imagemaker.Image) -> Path:
     """The demo image's root file system, by :func:`imagemaker.unpacked`. Read only!"""
     if os.geteuid() != 0:
@@ -72,6 +82,16 @@ def mount_point(tmp_path: Path, require_root: None) -> Iterator[Path]:
     yield target
     while os.path.ismount(target):
         subprocess.run(["umount", "--lazy", str(target)], check=True)
+
+
+@pytest.fixture(scope="session")
+def erofs_utils() -> Path:
+    """A directory with a current fsck.erofs and dump.erofs.
+
+    Those of Debian 12 (1.5) do not look up plain inodes in the unified address space; kernels and 1.8 do.
+    """
+    fetch = Path(__file__).parents[1] / "packaging" / "fetch-erofs-utils"
+    return Path(subprocess.run([fetch], check=True, capture_output=True, text=True).stdout.strip()).parent
 
 
 @pytest.fixture(scope="session")

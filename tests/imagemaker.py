@@ -33,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,16 +301,33 @@ def _debian_sources() -> list[str]:
 # --- recipe: PyPI packages -------------------------------------------------------------------------------------------
 
 
-def pypi(name: str, *requirements: str, dependencies: bool = True) -> Recipe:
-    """Python packages as ``pip install`` puts them into Debian's dist-packages, with their compiled byte code."""
+def pypi(name: str, *requirements: str, dependencies: bool = True, sources_only: Sequence[str] = ()) -> Recipe:
+    """Python packages as ``pip install`` puts them into Debian's dist-packages, with their compiled byte code.
+
+    The top-level packages and modules ``sources_only`` have none, as with ``pip install --no-compile``.
+    """
 
     def write(out: io.BufferedIOBase) -> None:
         with tempfile.TemporaryDirectory(prefix="erofsgen-pypi-") as work:
             target = Path(work, DIST_PACKAGES)
             pip_install(target, requirements, dependencies=dependencies)
+            for module in sources_only:
+                _remove_bytecode(target, module)
             write_tree(out, Path(work))
 
-    return Recipe(f"pypi-{name}", {"requirements": requirements, "dependencies": dependencies}, write)
+    parts = {"requirements": requirements, "dependencies": dependencies}
+    return Recipe(f"pypi-{name}", {**parts, "sources_only": sources_only} if sources_only else parts, write)
+
+
+def _remove_bytecode(target: Path, module: str) -> None:
+    """What compiling ``module``, a package or a file at the top of ``target``, has left. There must be something."""
+    found = [*(target / module).rglob("*.pyc"), *(target / "__pycache__").glob(f"{module}.*.pyc")]
+    if not found:
+        raise FileNotFoundError(f"{target / module}: no byte code to remove")
+    for path in found:
+        path.unlink()
+        with contextlib.suppress(OSError):  # other modules' is there, too
+            path.parent.rmdir()
 
 
 def pip_install(target: Path, requirements: tuple[str, ...], *, dependencies: bool = True) -> None:

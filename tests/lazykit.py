@@ -56,11 +56,20 @@ class Host:
         target.mkdir(exist_ok=True)
         return mount(image, target, root=self.root, plane=self.plane, **more)
 
-    def kill(self, *names: str) -> None:
-        """SIGKILL processes of the daemon at one go, by their numbers: supervisor is ``pid``, then standby, worker."""
+    def running(self, *names: str) -> dict[str, Any]:
+        """The status once these processes of the daemon run: ``pid``, which is the supervisor, ``standby``, ``worker``.
+
+        While one is started anew its number is 0, and what is sent to that ends the whole test run, see kill(2).
+        """
         status = self.status()
+        eventually(lambda: all(status[name] for name in names) or status.update(self.status()))
+        return status
+
+    def kill(self, *names: str, send: int = signal.SIGKILL) -> None:
+        """Send a signal to processes of the daemon at one go. Names as for :meth:`running`."""
+        status = self.running(*names)
         for name in names:
-            os.kill(status[name], signal.SIGKILL)
+            os.kill(status[name], send)
 
     def log(self) -> str:
         path = self.root / client.LOG
@@ -91,7 +100,7 @@ def processes(root: Path) -> list[int]:
             arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        of_daemon = any(b"host.daemon." in word for word in arguments) and os.fsencode(root) in arguments
+        of_daemon = any(b"erofsgen.host.daemon" in word for word in arguments) and os.fsencode(root) in arguments
         if of_daemon or (b"fusefallback.server" in arguments and b"--root=" + os.fsencode(root) in arguments):
             found.append(int(name))
     return found

@@ -1,7 +1,7 @@
 """Small images with everything in them, made with the standard library's tarfile, for looking into and for damaging.
 
 :func:`write_sample` makes a tar of one of two versions; ``CHANGES`` says how they differ. :func:`snapshot` describes a
-directory tree completely, so that trees unpacked by different programs can be compared.
+directory tree completely, so that trees unpacked by different programs can be compared, which :func:`assert_same` does.
 """
 
 from __future__ import annotations
@@ -175,16 +175,16 @@ def _entries(version: int) -> list[tuple[tarfile.TarInfo, bytes]]:
     return entries
 
 
-def snapshot(top: Path, *, directories_size: bool = False) -> dict[bytes, tuple[Any, ...]]:
+def snapshot(top: Path) -> dict[bytes, tuple[Any, ...]]:
     """Every path below ``top`` and all that can be known about it; hard links as the set of their names."""
     result: dict[bytes, tuple[Any, ...]] = {}
     links: dict[tuple[int, int], list[bytes]] = {}
     root = os.fsencode(top)
     for directory, names, files in os.walk(root):
         for name in names + files:
-            path = os.path.join(directory, name)
+            path = b"%s/%s" % (directory, name)  # os.path.join and relpath would be half of all the time
             status = os.lstat(path)
-            inside = os.path.relpath(path, root)
+            inside = path[len(root) + 1 :]
             if not stat.S_ISDIR(status.st_mode):
                 links.setdefault((status.st_dev, status.st_ino), []).append(inside)
             content: Any = None
@@ -209,3 +209,24 @@ def snapshot(top: Path, *, directories_size: bool = False) -> dict[bytes, tuple[
         for name in names:
             result[name] += (tuple(sorted(names)),)
     return result
+
+
+def whole_tree(top: Path) -> dict[bytes, tuple[Any, ...]]:
+    """:func:`snapshot`, and ``top``'s own attributes as ``b""``."""
+    info = os.lstat(top)
+    return {**snapshot(top), b"": (info.st_mode, info.st_uid, info.st_gid, info.st_mtime_ns)}
+
+
+FIELDS = ("mode", "uid", "gid", "mtime", "rdev", "content", "xattrs", "names")
+
+
+def assert_same(ours: dict[bytes, tuple[Any, ...]], theirs: dict[bytes, tuple[Any, ...]]) -> None:
+    """Two snapshots are equal; if not, the first differences are said."""
+    assert sorted(ours) == sorted(theirs)
+    differences = [
+        f"{path!r}: {name} {a!r} != {b!r}"
+        for path in sorted(ours)
+        for name, a, b in zip(FIELDS, ours[path], theirs[path], strict=False)
+        if a != b
+    ]
+    assert not differences, "\n".join(differences[:20])

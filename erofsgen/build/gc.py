@@ -51,8 +51,8 @@ def collect(store: Store, *, dry_run: bool = False, wait: float = 0.0, progress:
         ThreadPoolExecutor(_THREADS, "gc") as pool,
     ):
         reached = _reached(store, pool)
-        lonely = _profiles(store, pool, reached)
         blobs = {digest: size for digest, size in store.blobs() if _DIGEST.fullmatch(digest)}
+        lonely = _profiles(store, pool, reached, blobs.keys())
         garbage = blobs.keys() - reached
         records = list(store.records())
         found = pool.map(lambda key: _stale(store, key, garbage), records)
@@ -88,9 +88,9 @@ def _reached(store: Store, pool: ThreadPoolExecutor) -> set[str]:
     return reached
 
 
-def _profiles(store: Store, pool: ThreadPoolExecutor, reached: set[str]) -> list[str]:
+def _profiles(store: Store, pool: ThreadPoolExecutor, reached: set[str], blobs: Set[str]) -> list[str]:
     """Adds to ``reached`` what lies beside the images in it; beside which others something lies. That goes with them,
-    and what is damaged goes, too: it is a hint, and what it was cannot be known."""
+    and what is damaged or lacks one of the store's ``blobs`` goes, too: it is a hint."""
     profiled = sorted(store.profiled())
     lonely = [image for image in profiled if image not in reached]
     staying = [image for image in profiled if image in reached]
@@ -103,7 +103,7 @@ def _profiles(store: Store, pool: ThreadPoolExecutor, reached: set[str]) -> list
             return None
 
     for image, found in zip(staying, pool.map(beside, staying), strict=True):
-        if found is None:
+        if found is None or not found <= blobs:
             lonely.append(image)
         else:
             reached |= found

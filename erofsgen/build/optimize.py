@@ -15,7 +15,8 @@ pack's chunks were all hot, the image could do without the pack. The same image 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -26,15 +27,16 @@ import numpy.typing as npt
 from erofsgen.build.assemble import put_index
 from erofsgen.build.cycles import no_cycle_collection
 from erofsgen.build.hotpack import LIMIT, write_hot_pack
-from erofsgen.build.hotset import HotSet, Touched, choose, large_files
+from erofsgen.build.hotprofiles import by_command, moved, touched
+from erofsgen.build.hotset import HotSet, choose, large_files
 from erofsgen.build.imagechunks import UNKNOWN, ImageChunks, Integers
 from erofsgen.build.options import BuildOptions
 from erofsgen.erofs.tree import BLOCK, HOLE, Device
-from erofsgen.errors import NotFoundError, UsageError
-from erofsgen.pack.format import CHUNK
-from erofsgen.profile.profile import ROW, Profile, merge, ordered
+from erofsgen.errors import FormatError, NotFoundError, UsageError
+from erofsgen.profile import beside
+from erofsgen.profile.profile import Profile
 from erofsgen.progress import SILENT, Progress
-from erofsgen.store.base import Descriptor
+from erofsgen.store.base import Descriptor, Store
 from erofsgen.store.image import Image
 from erofsgen.store.manifest import DEVICE_SIZE, HOT, INDEX_SIZE, MANIFEST_TYPE
 
@@ -56,6 +58,7 @@ class OptimizeResult(msgspec.Struct, frozen=True):
     ``whole_files``, ``whole_bytes``  large files that are read whole and stay where they are
     ``skipped_bytes``  hot, but beyond the limit
     ``unknown_rows``  of the profiles, that name no chunk of the image
+    ``profiles``     that lie beside the new image, with rows at the chunks' new places
     ``packs``        devices of the image, the hot pack among them
     ``reused_packs``  those that are the very packs the image had
     """
@@ -72,13 +75,14 @@ class OptimizeResult(msgspec.Struct, frozen=True):
     whole_bytes: int
     skipped_bytes: int
     unknown_rows: int
+    profiles: int
     packs: int
     reused_packs: int
     seconds: float
 
 
 class Optimized(NamedTuple):
-    """``moved``: the profiles as they are for the new image, rows at the chunks' new places."""
+    """``moved``: the profiles that lie beside the new image now, those that decided first."""
 
     result: OptimizeResult
     manifest: Descriptor
@@ -98,13 +102,14 @@ def optimize(
 ) -> Optimized:
     """Write the hot pack of ``profiles`` and an image with it, and name that ``name`` (``image``'s name by default).
 
-    ``others`` are profiles of the image that do not decide, but go along. ``options`` say how the hot pack is
+    ``others`` are profiles of the image, of other commands, that do not decide. They and those that do are laid beside
+    the new image, with rows at the chunks' new places. ``options`` say how the hot pack is
     compressed, no more. ``max_bytes`` of its device are not exceeded, what is touched last is left out. Chunks of which
     profiles are less sure than ``threshold`` are not hot.
 
     Raises NotFoundError (no profiles, or such that name no chunk of the image), UsageError (limits out of range),
-    IntegrityError and FormatError (the image is damaged), UnsupportedError, StorageError, RemoteError; the store's
-    references are unchanged then.
+    IntegrityError and FormatError (the image is damaged), UnsupportedError, StorageError, RemoteError. The store's
+    references are unchanged then, unless it was the profiles that could not be laid beside the image.
     """
     started = time.monotonic()
     options = options or BuildOptions()
@@ -117,7 +122,7 @@ def optimize(
     name = name or image.name
     store = image.store
     store.check_name(name)
-    deciding = _by_command(profiles)
+    deciding = by_command(profiles)
     with store.building(), no_cycle_collection():
         with progress.task("tables"):
             chunks = ImageChunks(image)
@@ -126,12 +131,17 @@ def optimize(
         if unknown == sum(map(len, found)):
             hint = "run `erofsgen profile record` again"
             raise NotFoundError(f"{image.name}: its profiles name no chunk of it", hint=hint)
-        touched = [_touched(*pair, chunks, threshold) for pair in zip(deciding, found, strict=True)]
-        hot = choose(touched, chunks.lengths, large_files(chunks.tree.root, chunks.same), max_bytes)
+        touches = [touched(*pair, chunks, threshold) for pair in zip(deciding, found, strict=True)]
+        hot = choose(touches, chunks.lengths, large_files(chunks.tree.root, chunks.same), max_bytes)
         laid = _lay(image, chunks, hot, options, progress)
         manifest = _write_image(image, chunks, laid, options, progress)
-        moved = [_moved(profile, chunks, laid) for profile in [*deciding, *others]]
+        packs = [_hex(pack) for pack in laid.packs.values()]
+        hot_pack = _hex(laid.hot) if laid.hot else None
+        profiles = [
+            moved(profile, chunks, laid.places, laid.digests, packs, hot_pack) for profile in [*deciding, *others]
+        ]
         store.tag(name, manifest)
+        _lay_beside(store, manifest, profiles)
     old = {pack.digest for pack in image.packs}
     return Optimized(
         OptimizeResult(
@@ -147,47 +157,14 @@ def optimize(
             whole_bytes=hot.whole_bytes,
             skipped_bytes=hot.skipped_bytes,
             unknown_rows=unknown,
+            profiles=len(profiles),
             packs=len(laid.packs),
             reused_packs=len(old & laid.packs.keys()),
             seconds=time.monotonic() - started,
         ),
         manifest,
-        moved,
+        profiles,
     )
-
-
-# --- from profiles to chunks -----------------------------------------------------------------------------------------
-
-
-def _by_command(profiles: Iterable[Profile]) -> list[Profile]:
-    """One profile of each command, in the order of their names."""
-    commands: dict[str, list[Profile]] = {}
-    for profile in profiles:
-        commands.setdefault(profile.command, []).append(profile)
-    merged = (merge(commands[command]) for command in sorted(commands))
-    return [profile for profile in merged if profile is not None]
-
-
-def _touched(profile: Profile, numbers: Integers, chunks: ImageChunks, threshold: float) -> Touched:
-    known = numbers != UNKNOWN
-    keys, rows = _unique(chunks.same[numbers[known]], profile.rows[known])
-    sure = _with(profile, profile.packs, rows).confidence() >= threshold
-    return Touched(keys[sure], rows["first"][sure].astype(np.float64))
-
-
-def _unique(keys: Integers, rows: npt.NDArray[np.void]) -> tuple[Integers, npt.NDArray[np.void]]:
-    """The first row of each key, in the order of rows, and its key; each seen as often as any of its key's."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    seen = np.zeros(len(first), np.float32)
-    np.maximum.at(seen, inverse, rows["seen"])
-    joined = rows[first]
-    joined["seen"] = seen
-    order = np.argsort(first)
-    return keys[first][order], joined[order]
-
-
-def _with(profile: Profile, packs: Sequence[str], rows: npt.NDArray[np.void]) -> Profile:
-    return Profile(profile.command, profile.runs, packs, profile.reasons, rows)
 
 
 # --- from chunks to an image -----------------------------------------------------------------------------------------
@@ -250,10 +227,7 @@ def _write_image(
     image: Image, chunks: ImageChunks, laid: _Laid, options: BuildOptions, progress: Progress
 ) -> Descriptor:
     """Store index and manifest; returns the manifest's descriptor, not yet named."""
-    devices = [
-        Device(digest.removeprefix("sha256:"), int(pack.annotations[DEVICE_SIZE]) // BLOCK)
-        for digest, pack in laid.packs.items()
-    ]
+    devices = [Device(_hex(pack), int(pack.annotations[DEVICE_SIZE]) // BLOCK) for pack in laid.packs.values()]
     with progress.task("index"):
         annotations = {key: value for key, value in image.index_descriptor.annotations.items() if key != INDEX_SIZE}
         index = put_index(image.store, chunks.tree.write(laid.places, devices), options, annotations)
@@ -262,24 +236,14 @@ def _write_image(
     return Descriptor(MANIFEST_TYPE, digest, size, artifact_type=manifest.artifact_type)
 
 
-def _moved(profile: Profile, chunks: ImageChunks, laid: _Laid) -> Profile:
-    """A profile with its rows at the new places; rows that name no chunk of the image are dropped."""
-    numbers = chunks.numbers(profile)
-    known = numbers != UNKNOWN
-    numbers, rows = numbers[known], profile.rows[known]
-    places = laid.places[numbers]
-    rows["length"] = chunks.lengths[numbers]
-    digests = np.frombuffer(laid.digests[numbers].tobytes(), ROW["digest"])[:: CHUNK["digest"].itemsize // 8]
-    is_known = digests != np.zeros(1, digests.dtype)
-    rows["digest"][is_known] = digests[is_known]
-    slots = [digest.removeprefix("sha256:") for digest in laid.packs]
-    used = {slots[slot - 1] for slot in np.unique(places["device"]).tolist()}
-    # the hot pack's rows come first among those of one moment: so the order stays what it was
-    hot = [laid.hot.digest.removeprefix("sha256:")] if laid.hot else []
-    packs = [pack for pack in dict.fromkeys([*hot, *profile.packs, *slots]) if pack in used]
-    renumbered = np.zeros(len(slots) + 1, np.uint16)
-    renumbered[[slots.index(pack) + 1 for pack in packs]] = np.arange(len(packs))
-    rows["pack"] = renumbered[places["device"]]
-    rows["block"] = places["block"]
-    keys = places["device"].astype(np.int64) << 32 | places["block"]
-    return _with(profile, packs, ordered(_unique(keys, rows)[1]))
+def _lay_beside(store: Store, manifest: Descriptor, profiles: Sequence[Profile]) -> None:
+    """The profiles, beside the image; those of other commands stay, if the same image was there before."""
+    commands = {profile.command for profile in profiles}
+    there: list[Profile] = []
+    with suppress(FormatError, NotFoundError):
+        there = beside.load(store, manifest.digest)
+    beside.write(store, manifest, [*profiles, *(profile for profile in there if profile.command not in commands)])
+
+
+def _hex(pack: Descriptor) -> str:
+    return pack.digest.removeprefix("sha256:")

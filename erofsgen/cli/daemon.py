@@ -75,7 +75,7 @@ def serve(settings: Settings, plane: str, plane_options: Mapping[str, object], o
         [
             sys.executable,
             "-m",
-            "erofsgen.host.daemon.supervisor",
+            "erofsgen.host.daemon",
             *(word for name, value in arguments.items() for word in (f"--{name}", str(value))),
             *(f"--worker=--{name}={value}" for name, value in worker.items()),
             *(f"--plane-option={name}={value}" for name, value in plane_options.items()),

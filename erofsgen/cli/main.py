@@ -33,6 +33,7 @@ VERBS: Final = (
     "copy",
     "cache",
     "profile",
+    "optimize",
     "mount",
     "umount",
     "mounts",

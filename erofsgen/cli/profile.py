@@ -12,7 +12,7 @@ import click
 
 from erofsgen.cli.shared import shared_options
 
-VERBS: Final = ("record", "ls", "export", "import", "push", "rm")
+VERBS: Final = ("record", "ls", "show", "export", "import", "push", "rm")
 """In the order ``--help`` lists them."""
 
 
@@ -33,6 +33,6 @@ class Group(click.Group):
 command = Group(
     "profile",
     params=shared_options(json=True),
-    help="Look at profiles of what commands touch first, and move them.",
+    help="Record, show and move profiles of what commands touch.",
     no_args_is_help=True,
 )

@@ -9,7 +9,8 @@ worker, standby and FUSE servers write alike. Their lines may be in one file.
      "message": "origin: pack 0e…: timed out", "source": "origin", "pack": "0e…", "exception": "…"}
 
 Behind ``message`` come the fields that the call gave with ``extra=``, as far as they are known: ``pack`` (SHA-256),
-``frame``, ``source``, ``mount`` (its id), ``image``, ``target`` and others; ``exception`` where there is one.
+``frame``, ``source``, ``mount`` (its id), ``target``, ``image`` (its name), ``digest`` (its manifest's) and others;
+``exception`` where there is one.
 Standard library only: the supervisor uses it.
 """
 

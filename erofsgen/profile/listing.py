@@ -16,7 +16,7 @@ from erofsgen.profile.waterfall import chunks_of, files_of
 
 
 class Met(msgspec.Struct, frozen=True):
-    """What the last run met: milliseconds that readers ``waited``, and the ``sources`` of the bytes."""
+    """What the last run met: seconds that readers ``waited``, and the ``sources`` of the bytes."""
 
     waited: float
     sources: list[str]
@@ -127,7 +127,7 @@ def _met(chunks: Chunks | None, trace: Trace | None) -> dict[int, Met]:
     words = [origin_name(*kind) for kind in kinds]
     for touch, _, chunk, _, waited in parts(trace, chunks).tolist():
         if chunk >= 0:
-            here = Met(waited / 1000, [words[numbers[touch]]])
+            here = Met(waited / 1_000_000, [words[numbers[touch]]])
             known = found.get(chunk)
             found[chunk] = here if known is None else _joined(known, here)
     return found

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from blake3 import blake3
 
-from erofsgen.profile.profile import Profile
 from erofsgen.store.profiles import COMMAND_LIMIT
+
+if TYPE_CHECKING:  # whoever starts a container only needs the name
+    from erofsgen.profile.profile import Profile
 
 _MARK: Final = 8
 """Hex digits that keep commands apart which look alike after they were cut."""
@@ -43,6 +45,7 @@ def key(command: str) -> str:
 
 def best(profiles: Iterable[Profile], command: str) -> Profile | None:
     """The profile for ``command``: its own, else that of a command that differs in plain numbers only; None of none.
+    What was recorded of the latter comes before what is only guessed of its own.
 
     Numbers are whole words, or all that stands behind ``--option=``: ports, seeds, numbers of workers, ranks. They say
     how much a program does and where, hardly ever which files it reads first. Nothing else is taken for the same: the
@@ -51,11 +54,15 @@ def best(profiles: Iterable[Profile], command: str) -> Profile | None:
     """
     found = list(profiles)
     exact = next((profile for profile in found if profile.command == command), None)
-    if exact is not None:
+    if exact is not None and exact.recorded:
         return exact
     wanted = _without_numbers(command)
-    alike = [profile for profile in found if profile.command and _without_numbers(profile.command) == wanted]
-    return max(alike, key=lambda profile: profile.runs, default=None)
+    alike = [
+        profile
+        for profile in found
+        if profile.recorded and profile.command and _without_numbers(profile.command) == wanted
+    ]
+    return max(alike, key=lambda profile: profile.runs, default=exact)
 
 
 def _without_numbers(command: str) -> tuple[str, ...]:

@@ -39,10 +39,12 @@ RECORDED: Final = "recorded"
 RUNS: Final = 16
 """Runs that count: older ones fade, so that a profile follows what a command does today."""
 
+MAGIC: Final = b"EGPROF1\0"
+"""What an encoded profile begins with."""
+
 LIMIT: Final = 64 << 20
 """Bytes of an encoded profile, and of its content, at most."""
 
-_MAGIC: Final = b"EGPROF1\0"
 _HEX: Final = re.compile("[0-9a-f]{64}")
 _LEVEL: Final = 9
 _FORGOTTEN: Final = 1 / 64
@@ -93,7 +95,7 @@ class Profile:
     def encode(self) -> bytes:
         """The profile's bytes: the same for the same content."""
         content = _Content(self.command, self.runs, list(self.packs), list(self.reasons), self.rows.tobytes())
-        return _MAGIC + zstandard.ZstdCompressor(_LEVEL).compress(msgspec.msgpack.encode(content))
+        return MAGIC + zstandard.ZstdCompressor(_LEVEL).compress(msgspec.msgpack.encode(content))
 
     def merged(self, other: Profile) -> Profile:
         """This and ``other`` as one, of the same image and command. Runs beyond :data:`RUNS` fade.
@@ -140,9 +142,9 @@ def ordered(rows: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
 
 def decode(data: bytes, what: str) -> Profile:
     """The profile that ``data`` is. Raises FormatError naming ``what``."""
-    if not data.startswith(_MAGIC) or len(data) > LIMIT:
+    if not data.startswith(MAGIC) or len(data) > LIMIT:
         raise FormatError(f"{what}: not a profile of this version")
-    frame = data[len(_MAGIC) :]
+    frame = data[len(MAGIC) :]
     try:
         if not 0 <= zstandard.get_frame_parameters(frame).content_size <= LIMIT:
             raise FormatError(f"{what}: a profile of an unknown or too large size")

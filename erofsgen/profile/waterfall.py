@@ -20,7 +20,7 @@ from erofsgen import text
 from erofsgen.profile.chunks import BLOCK, Chunks
 from erofsgen.profile.profile import RECORDED, Profile
 from erofsgen.profile.rows import fold
-from erofsgen.profile.touches import Totals, names, origin_name, origins, parts, totals
+from erofsgen.profile.touches import Totals, by_file, names, origin_name, origins, parts, totals
 from erofsgen.profile.trace import BROUGHT, HERE, UNKNOWN, Trace
 
 MARK: Final = np.dtype([
@@ -119,16 +119,11 @@ class Waterfall:
         """Milliseconds to the end of all that happened."""
         return float(max([self.last, *self.brought.at[-1:].tolist()]))
 
-    @property
-    def files(self) -> int:
-        """Files that were touched."""
-        return sum(row.files for row in self.rows)
-
 
 def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> Waterfall:
     """The picture of a run, in at most ``limit`` rows. Without ``chunks`` a row is a pack."""
     numbers, found_origins = origins(trace)
-    found = parts(trace, chunks)
+    found = by_file(parts(trace, chunks))
     marks = np.zeros(len(found), MARK)
     touch = found["touch"]
     marks["at"], marks["waited"] = trace.touches["at"][touch], found["waited"] / 1000
@@ -142,7 +137,7 @@ def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> 
         touched=_curve(trace.touches),
         brought=_curve(trace.brought),
         arrivals=trace.brought[np.argsort(trace.brought["at"], kind="stable")],
-        facts=_facts(trace, sums),
+        facts=[("command", text.quoted(trace.command)), *run_facts(trace, sums)],
         tables=_tables(sums),
         summary=_summary(sums),
     )
@@ -180,10 +175,10 @@ def arrivals(
     """Prefetched bytes in each of ``bins`` equal parts of the time up to ``end`` (milliseconds): those that were used,
     those that were not, and the most of both together."""
     rows = waterfall.arrivals[waterfall.arrivals["at"] <= end]
+    unseen = rows["judged"] & ~rows["used"]
     place = np.minimum((rows["at"] * (bins / end)).astype(np.int64), bins - 1)
     used, unused = (
-        np.bincount(place[which], rows["length"][which], bins).astype(np.float64)
-        for which in (rows["used"], ~rows["used"])
+        np.bincount(place[which], rows["length"][which], bins).astype(np.float64) for which in (~unseen, unseen)
     )
     return used, unused, max(int((used + unused).max()), 1)
 
@@ -214,35 +209,35 @@ def profile_facts(profile: Profile) -> list[tuple[str, str]]:
     sure = profile.confidence()
     certain = int(profile.rows["length"][sure > _BANDS[-1]].sum(dtype=np.int64))
     return [
-        ("command", text.printable(profile.command) or "none: a plain mount"),
+        ("command", text.quoted(profile.command)),
         ("runs", f"{profile.runs:,}" if profile.recorded else "none, all of it is guessed"),
         ("chunks", f"{len(profile.rows):,}, {text.size(profile.size)}"),
         ("touched by most runs", f"{text.size(certain)} ({text.share(certain, profile.size)})"),
     ]
 
 
-def _facts(trace: Trace, sums: Totals) -> list[tuple[str, str]]:
+def run_facts(trace: Trace, sums: Totals) -> list[tuple[str, str]]:
+    """What there is to say of a run as a whole."""
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(trace.started))
     except (OverflowError, ValueError, OSError):
         started = "at no time"
     return [
-        ("command", text.printable(trace.command) or "none: a plain mount"),
         ("mounted", f"{started}, plane {text.printable(trace.plane)}"),
         ("recorded", "to its end" if trace.complete else "in part: it went on, or there was more than is kept"),
-        ("reads", f"{sums.touches:,} first ones, {text.size(sums.touched)}"),
+        ("reads", f"{sums.touches:,} of what was not read before, {text.size(sums.touched)}"),
         ("waited for", f"{sums.misses:,}, {text.size(sums.missed)}; {sums.waited:.3f} s"),
-        ("prefetched", f"{text.size(sums.prefetched)}; {sums.prefetched_touches:,} reads met it"),
+        ("prefetched", f"{text.size(sums.prefetched)}; {text.counted(sums.prefetched_touches, 'read')} met it"),
         ("of it not used", f"{text.size(sums.unused)} ({text.share(sums.unused, sums.prefetched)})"),
     ]
 
 
 def _summary(sums: Totals) -> list[str]:
     waited = f"{sums.misses:,} of them, {text.size(sums.missed)}, were waited for, {sums.waited:.3f} s in all"
-    lines = [f"{sums.touches:,} reads of {text.size(sums.touched)}; {waited}"]
+    lines = [f"{text.counted(sums.touches, 'read')} of {text.size(sums.touched)}; {waited}"]
     if sums.prefetched:
         reasons = ", ".join(
-            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.bytes - one.used_bytes, one.bytes)})"
+            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.unused_bytes, one.bytes)})"
             for one in sums.reasons
         )
         waste = text.share(sums.unused, sums.prefetched)
@@ -258,7 +253,7 @@ def _tables(sums: Totals) -> list[Table]:
     reasons = [
         (
             text.printable(one.name), f"{one.frames:,}", text.size(one.bytes), f"{one.used_frames:,}",
-            text.size(one.used_bytes), text.share(one.bytes - one.used_bytes, one.bytes),
+            text.size(one.used_bytes), text.share(one.unused_bytes, one.bytes),
         )
         for one in sums.reasons
     ]  # fmt: skip

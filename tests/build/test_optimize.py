@@ -11,82 +11,27 @@ from blake3 import blake3
 from handmade import CHUNK, ImageMaker, chunks_of, contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optimizekit import (
+    assert_reads,
+    assert_sound,
+    digests,
+    hot_digests,
+    hot_pack,
+    places_of,
+    profile_of,
+    same_image,
+)
 
 from erofsgen.build.gc import collect
 from erofsgen.build.optimize import optimize
 from erofsgen.erofs.tree import BLOCK
 from erofsgen.errors import NotFoundError, UsageError
-from erofsgen.pack.toc import read_dictionary
+from erofsgen.profile import beside
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered
-from erofsgen.store.check import check
 from erofsgen.store.directory import DirectoryStore
 from erofsgen.store.image import Image
 from erofsgen.store.manifest import HOT
-
-
-def places_of(image: Image, path: str) -> list[tuple[int, int, int]]:
-    """(slot, block, length) of a file's chunks; holes have none."""
-    node = image.index.lookup(path.encode())
-    size = node.chunk_size
-    return [
-        (device, (start + done) // BLOCK, min(size, length - done))
-        for _, length, device, start in node.extents()
-        if device
-        for done in range(0, length, size)
-    ]
-
-
-def profile_of(
-    image: Image, *touches: tuple[str, int], command: str = "", runs: int = 1, carry: bool = False, **more
-) -> Profile:
-    """A profile of touches, (path, number of its chunk), 10 ms one after the other. ``more``: columns of the rows;
-    with ``carry`` they have digests, so that chunks are known in images without their packs, too."""
-    packs = [pack.hex for pack in image.packs]
-    rows = np.zeros(len(touches), ROW)
-    for number, (path, chunk) in enumerate(touches):
-        slot, block, length = places_of(image, path)[chunk]
-        digest = blake3(image.pack_reader(slot).read(block * BLOCK, length)).digest(8) if carry else bytes(8)
-        rows[number] = (slot - 1, block, length, np.void(digest), 10 * number, runs, 0)
-    for column, values in more.items():
-        rows[column] = values
-    return Profile(command, runs, packs, [RECORDED], ordered(rows))
-
-
-def assert_reads(image: Image, files: dict[str, bytes | str | None]) -> None:
-    for path, content in files.items():
-        node = image.index.lookup(path.encode())
-        if isinstance(content, bytes):
-            assert b"".join(image.read(node)) == content, path
-        elif content is not None:
-            assert node.readlink() == content.encode()
-
-
-def assert_sound(store: DirectoryStore) -> None:
-    report = check(store)
-    assert report.problems == []
-
-
-def same_image(one: Image, other: Image) -> bool:
-    """Whether they have the same index and packs. Images made by hand compress their indexes in another way."""
-    return one.index_bytes() == other.index_bytes() and one.packs == other.packs
-
-
-def hot_pack(image: Image):
-    (pack,) = [pack for pack in image.packs if pack.hot is not None]
-    return pack
-
-
-def hot_digests(image: Image) -> list[bytes]:
-    """BLAKE3 of the chunks in the hot pack, in order."""
-    pack = hot_pack(image)
-    toc = image.pack_reader(pack.slot).toc
-    rows = read_dictionary(lambda at, size: image.store.read(pack.digest, at, size), toc, what="hot pack")
-    return [row["digest"].tobytes() for row in rows]
-
-
-def digests(*chunks: bytes) -> list[bytes]:
-    return [blake3(chunk).digest() for chunk in chunks]
 
 
 @pytest.fixture
@@ -229,6 +174,23 @@ def test_another_name(parts, maker):
     assert Image.open(maker.store, "hot").digest == result.digest != image.digest
 
 
+def test_profiles_lie_beside_the_new_image(parts, maker):
+    image = parts[3]
+    serve = profile_of(image, ("one", 2), command="serve")
+    guess = profile_of(image, ("one", 2), ("two", 0), command="guess", runs=0)
+    optimized = optimize(image, [serve], others=[guess])
+    assert optimized.result.profiles == 2
+    found = beside.load(maker.store, optimized.manifest.digest)
+    assert [profile.encode() for profile in found] == [profile.encode() for profile in optimized.moved]
+    assert [profile.command for profile in found] == ["serve", "guess"]
+    assert beside.load(maker.store, image.digest) == []
+    # those of other commands stay when the same image is made again
+    optimize(image, [serve])
+    assert [profile.command for profile in beside.load(maker.store, optimized.manifest.digest)] == ["serve", "guess"]
+    collect(maker.store)
+    assert len(beside.load(maker.store, optimized.manifest.digest)) == 2
+
+
 # --- again and again -------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +260,7 @@ def test_packs_whose_chunks_are_all_hot_go(maker):
     assert new.packs[0].hot == new.packs[0].device_size
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_image_and_any_profiles(tmp_path_factory, data):
     """Whatever is touched, again and again: every file reads the same, and only the last profiles count."""

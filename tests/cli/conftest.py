@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagemaker
 import pytest
 import samples
 from lazykit import Host
 
 from erofsgen.cli.main import run
+from erofsgen.store.directory import DirectoryStore
 
 PROGRAM = Path(sys.executable).with_name("erofsgen")
 
@@ -75,8 +75,11 @@ class Erofsgen:
 
 @pytest.fixture(autouse=True)
 def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither this machine's nor, since ``--config`` is told by the environment, another test's."""
+    """Neither this machine's nor, since ``--config`` is told by the environment, another test's. The same for metrics
+    and the log."""
     monkeypatch.setenv("EROFSGEN_CONFIG", os.devnull)
+    monkeypatch.setenv("EROFSGEN_METRICS", "")
+    monkeypatch.setenv("EROFSGEN_LOG_FORMAT", "")
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +127,12 @@ def own_sample(sample_store: Path, tmp_path: Path, capfdbinary: pytest.CaptureFi
 
 @pytest.fixture(scope="session")
 def demo_places(
-    demo_image: imagemaker.Image, require_root: None, tmp_path_factory: pytest.TempPathFactory
+    demo_store: DirectoryStore, require_root: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Path]]:
     """A store with ``demo``, the demo image, and a root whose host cache is filled once."""
-    place = tmp_path_factory.mktemp("demo")
-    command = [PROGRAM, "--store", place / "store", "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    yield place / "store", place / "host"
-    Host(place / "host").end()
+    root = tmp_path_factory.mktemp("demo") / "host"
+    yield demo_store.path, root
+    Host(root).end()
 
 
 @pytest.fixture

@@ -108,23 +108,9 @@ def test_a_daemon_in_trouble(own_sample, mount_point: Path, tmp_path: Path, monk
     assert died["worker"] > 0
     said = [line for line in lines if line["logger"].endswith("supervisor")]
     assert [line["plane"] for line in said if line["message"].startswith("supervisor")] == ["fanotify"]
-    assert any("mount" in line for line in said if "armed" in line["message"])
+    (armed,) = [line for line in said if "armed" in line["message"]]
+    assert (armed["image"], armed["target"]) == ("sample:1", str(mount_point))
+    assert armed["mount"] in armed["message"]
     (denied, *_) = [line for line in said if line["message"].startswith("read failed")]
     assert (denied["level"], denied["pack"]) == ("error", pack)
     assert len({line["pid"] for line in lines}) >= 2
-
-
-@pytest.mark.mount
-@pytest.mark.usefixtures("require_root")
-def test_a_fuse_server(sample, mount_point: Path):
-    process = sample.process("fuse", "sample:1", mount_point, "--log-format", "json")
-    try:
-        eventually(lambda: os.path.ismount(mount_point))
-        digest = sample("mounts", "--json").json[0]["digest"]
-        lines = [json.loads(line) for line in Host(sample.root).log().splitlines()]
-        (server,) = [line for line in lines if line["logger"] == "fusefallback.serving"]
-        assert (server["image"], server["plane"]) == (digest, "fuse")
-        assert server["mount"] == sample("mounts", "--json").json[0]["id"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)

@@ -41,13 +41,17 @@ def test_a_mount_at_work(sample, mount_point: Path):
     assert source["bytes_per_second"] > 1000
     (mount,) = found["mounts"]
     assert (mount["target"], mount["image"], mount["plane"]) == (str(mount_point), "sample:1", "fanotify")
+    assert 0 < mount["misses"] <= mount["touches"]
+    assert mount["touches_per_second"] > 0
+    assert mount["miss_rate"] > 0
+    assert mount["missed_per_second"] > 0
+    assert mount["waited"] > 0
     assert found["cache_used"] > 1 << 20
     once = sample("top", "--once", "--interval", "0.1").lines
     assert [line.split()[0] for line in once if line] == [
         "daemon", "reads", "engine", "demand", "cache", "TARGET", str(mount_point), "SOURCE", str(sample.store),
     ]  # fmt: skip
     live(sample, b"q")
-    live(sample, b"\x03")
     stopping = sample.process("top", "--interval", "0.2")
     lines = [stopping.stdout.readline() for _ in range(30)]
     assert sum(line.startswith(b"daemon ") for line in lines) >= 2

@@ -5,15 +5,17 @@ Every entry is compared: type, mode, owner, mtime to the nanosecond, size, conte
 
 from __future__ import annotations
 
-import os
+import hashlib
 import stat
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from lazykit import Host
-from samples import snapshot
+from samples import assert_same, whole_tree
 from servers import docker_registry
+from stockkit import devices_by_zstd, index_by_zstd
 
 from erofsgen.build.pipeline import build_image
 from erofsgen.host.mount.mounts import mount, unmount
@@ -24,55 +26,22 @@ from erofsgen.store.image import Image
 pytestmark = [pytest.mark.mount, pytest.mark.usefixtures("require_root")]
 
 
-FIELDS = ("mode", "uid", "gid", "mtime", "rdev", "content", "xattrs", "names")
-
-
-def facts(root: Path) -> dict[bytes, tuple]:
-    """The root's own attributes, too: :func:`samples.snapshot` starts below it."""
-    info = os.lstat(root)
-    return {**snapshot(root), b"": (info.st_mode, info.st_uid, info.st_gid, info.st_mtime_ns)}
-
-
-def assert_same(ours: dict[bytes, tuple], theirs: dict[bytes, tuple]) -> None:
-    assert sorted(ours) == sorted(theirs)
-    differences = [
-        f"{path!r}: {name} {a!r} != {b!r}"
-        for path in sorted(ours)
-        for name, a, b in zip(FIELDS, ours[path], theirs[path], strict=False)
-        if a != b
-    ]
-    assert not differences, "\n".join(differences[:20])
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, demo_image):
-    store = DirectoryStore(tmp_path_factory.mktemp("store"))
-    with open_image(f"oci:{demo_image.reference}") as source:
-        build_image(source, store, tag="demo")
-    return store
-
-
-@pytest.fixture(scope="module")
-def expected(umoci_unpacked):
-    return facts(umoci_unpacked)
-
-
-def mounted_facts(store, tmp_path, target, **options):
-    root = tmp_path / "host"
-    mount(Image.open(store, "demo"), target, root=root, **options)
-    try:
-        return facts(target)
-    finally:
-        unmount(target, root=root)
+def image(demo_store) -> Image:
+    return Image.open(demo_store, "demo")
 
 
 @pytest.mark.parametrize("via", ["file-backed", "loop"])
-def test_the_kernel_shows_what_umoci_unpacks(built, expected, tmp_path, mount_point, via):
-    assert_same(mounted_facts(built, tmp_path, mount_point, via=via), expected)
+def test_the_kernel_shows_what_umoci_unpacks(image, expected, tmp_path, mount_point, via):
+    root = tmp_path / "host"
+    mount(image, mount_point, root=root, via=via)
+    assert_same(whole_tree(mount_point), expected)
+    unmount(mount_point, root=root)
 
 
 @pytest.mark.server
-def test_an_image_from_a_registry(demo_image, built, expected, tmp_path, mount_point):
+def test_an_image_from_a_registry(demo_image, image, tmp_path):
+    """The same blobs come of it, and so the same tree."""
     store = DirectoryStore(tmp_path / "pulled")
     with docker_registry(tmp_path / "registry") as address:
         name = f"docker://{address}/demo:v1"
@@ -80,77 +49,59 @@ def test_an_image_from_a_registry(demo_image, built, expected, tmp_path, mount_p
         subprocess.run(copy, check=True)
         with open_image(name, downloads=store.downloads) as source:
             build_image(source, store, tag="demo")
-    assert_same(mounted_facts(store, tmp_path, mount_point), expected)
-    ours, theirs = Image.open(store, "demo"), Image.open(built, "demo")
-    assert ours.manifest.layers == theirs.manifest.layers
+    from_registry = Image.open(store, "demo")
+    assert from_registry.manifest.layers == image.manifest.layers
+    for layer in image.manifest.layers:
+        assert digest_of(store.blob_path(layer.digest)) == layer.digest
     assert list(store.downloads.iterdir()) == []
 
 
-def devices_by_zstd(store, image, directory: Path) -> list[Path]:
-    """Every pack as a device file: zstd packs through stock zstd, raw ones as they are."""
-    paths = []
-    for pack in image.packs:
-        path = directory / pack.hex
-        with path.open("wb") as out:
-            if pack.raw:
-                out.write(store.blob_path(pack.digest).read_bytes())
-                out.truncate(pack.device_size)
-            else:
-                subprocess.run(["zstd", "-dcq", store.blob_path(pack.digest)], stdout=out, check=True)
-        assert path.stat().st_size == pack.device_size
-        paths.append(path)
-    return paths
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def index_by_zstd(store, image, directory: Path) -> Path:
-    path = directory / "index.erofs"
-    with path.open("wb") as out:
-        subprocess.run(["zstd", "-dcq", store.blob_path(image.index_descriptor.digest)], stdout=out, check=True)
-    return path
+class ByZstd(NamedTuple):
+    """Where stock zstd has put the index and every pack; raw ones are as they were."""
+
+    index: Path
+    devices: list[Path]
 
 
-def test_stock_tools_alone_mount_it(built, expected, tmp_path, mount_point):
+@pytest.fixture(scope="module")
+def by_zstd(demo_store, image, tmp_path_factory) -> ByZstd:
+    directory = tmp_path_factory.mktemp("by-zstd")
+    return ByZstd(index_by_zstd(demo_store, image, directory), devices_by_zstd(demo_store, image, directory))
+
+
+def test_stock_tools_alone_mount_it(by_zstd, expected, mount_point):
     """zstd, losetup and mount(8); nothing of ours runs."""
-    image = Image.open(built, "demo")
-    devices = devices_by_zstd(built, image, tmp_path)
     loops: list[str] = []
     try:
-        for path in (index_by_zstd(built, image, tmp_path), *devices):
+        for path in (by_zstd.index, *by_zstd.devices):
             done = subprocess.run(
                 ["losetup", "--read-only", "--show", "--find", path], check=True, capture_output=True, text=True
             )
             loops.append(done.stdout.strip())
         options = ",".join(["ro", *(f"device={loop}" for loop in loops[1:])])
         subprocess.run(["mount", "-t", "erofs", "-o", options, loops[0], mount_point], check=True)
-        assert_same(facts(mount_point), expected)
+        assert_same(whole_tree(mount_point), expected)
     finally:
         subprocess.run(["umount", "--lazy", mount_point], check=False)
         for loop in loops:
             subprocess.run(["losetup", "--detach", loop], check=True)
 
 
-@pytest.fixture(scope="module")
-def erofs_utils() -> Path:
-    """A directory with a current fsck.erofs and dump.erofs.
-
-    Those of Debian 12 (1.5) do not look up plain inodes in the unified address space; kernels and 1.8 do.
-    """
-    fetch = Path(__file__).parents[2] / "packaging" / "fetch-erofs-utils"
-    return Path(subprocess.run([fetch], check=True, capture_output=True, text=True).stdout.strip()).parent
-
-
-def test_fsck_extracts_the_same(built, expected, tmp_path, erofs_utils):
+def test_fsck_extracts_the_same(image, by_zstd, expected, tmp_path, erofs_utils):
     """erofs-utils read the index and the packs with code that is not the kernel's either.
 
     No release up to 1.9.4 extracts holes at the end of a file: it leaves them out, and the file is too short.
     """
-    image = Image.open(built, "demo")
-    options = [f"--device={path}" for path in devices_by_zstd(built, image, tmp_path)]
-    index = index_by_zstd(built, image, tmp_path)
-    command = [erofs_utils / "fsck.erofs", *options, f"--extract={tmp_path / 'out'}", index]
+    options = [f"--device={path}" for path in by_zstd.devices]
+    command = [erofs_utils / "fsck.erofs", *options, f"--extract={tmp_path / 'out'}", by_zstd.index]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    extracted = {path: _comparable(entry) for path, entry in facts(tmp_path / "out").items()}
+    extracted = {path: _comparable(entry) for path, entry in whole_tree(tmp_path / "out").items()}
     theirs = {path: _comparable(entry) for path, entry in expected.items()}
     for path, node in image.index.walk():
         if stat.S_ISREG(node.mode) and any(extent.device is None for extent in node.extents()):
@@ -163,24 +114,21 @@ def _comparable(entry: tuple) -> tuple:
     return mode, uid, gid, mtime if stat.S_ISREG(mode) else None, *rest[:2]
 
 
-def test_dump_agrees_on_the_superblock(built, expected, tmp_path, erofs_utils):
-    image = Image.open(built, "demo")
-    options = [f"--device={path}" for path in devices_by_zstd(built, image, tmp_path)]
-    index = index_by_zstd(built, image, tmp_path)
+def test_dump_agrees_on_the_superblock(by_zstd, expected, erofs_utils):
+    options = [f"--device={path}" for path in by_zstd.devices]
     inodes = len({entry[7] if len(entry) > 7 else path for path, entry in expected.items()})
     for tool in ("dump.erofs", erofs_utils / "dump.erofs"):
-        done = subprocess.run([tool, *options, "-s", index], capture_output=True, text=True, check=True)
+        done = subprocess.run([tool, *options, "-s", by_zstd.index], capture_output=True, text=True, check=True)
         fields = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
         assert int(fields["Filesystem inode count"]) == inodes
         assert {"sb_csum", "chunked_file", "device_table"} <= set(fields["Filesystem features"].split())
 
 
 @pytest.mark.parametrize("plane", ["fanotify", "blockfuse", "fuse"])
-def test_a_lazy_mount_is_the_same_and_brings_what_is_used(built, expected, tmp_path, mount_point, plane):
+def test_a_lazy_mount_is_the_same_and_brings_what_is_used(image, expected, tmp_path, mount_point, plane):
     """From an empty cache: an import out of the mount, then every byte of the tree."""
     host = Host(tmp_path / "host", plane)
     try:
-        image = Image.open(built, "demo")
         host.mount(image, mount_point)
         program = "import numpy, scipy; print(numpy.sum(numpy.arange(5)))"
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -199,7 +147,7 @@ def test_a_lazy_mount_is_the_same_and_brings_what_is_used(built, expected, tmp_p
             f"{engine['bytes_fetched'] / 1e6:.1f} MB fetched",
         )
         assert engine["bytes_written"] < size / 2
-        assert_same(facts(mount_point), expected)
+        assert_same(whole_tree(mount_point), expected)
         assert host.status()["denied"] == 0
         unmount(mount_point, root=host.root)
     finally:

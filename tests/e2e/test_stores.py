@@ -1,4 +1,7 @@
-"""An image pushed to every kind of store, and mounted lazily from there, nothing of it local: the whole tree."""
+"""An image pushed to every kind of store that is remote, and mounted lazily from there: the whole tree.
+
+From a directory it is mounted on every plane in ``test_differential``.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from lazykit import Host
-from samples import snapshot
+from samples import assert_same, whole_tree
 from servers import docker_registry
 from servers.nginx import nginx, static_files
 
@@ -21,45 +23,32 @@ from erofsgen.store.open import open_store
 pytestmark = [pytest.mark.mount, pytest.mark.server, pytest.mark.usefixtures("require_root")]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory, demo_image) -> Path:
-    """A directory store with the demo image."""
-    store = tmp_path_factory.mktemp("source")
-    assert run(["--store", str(store), "--quiet", "build", f"oci:{demo_image.reference}", "--tag", "demo:1"]) == 0
-    return store
-
-
 @pytest.fixture
 def servers() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
 
 
-def in_directory(stack, request, tmp_path, source):
-    return str(tmp_path / "pushed"), "demo:1"
-
-
-def in_s3(stack, request, tmp_path, source):
+def in_s3(stack, request, tmp_path):
     server = request.getfixturevalue("s3_server")
     monkeypatch = request.getfixturevalue("monkeypatch")
     for name, value in server.environment().items():  # the daemon has it from here
         monkeypatch.setenv(name, value)
-    return f"s3://{server.bucket()}/some/prefix", "demo:1"
+    return f"s3://{server.bucket()}/some/prefix", "demo"
 
 
-def in_registry(stack, request, tmp_path, source):
+def in_registry(stack, request, tmp_path):
     address = stack.enter_context(docker_registry(tmp_path / "registry"))
-    return f"docker://{address}/team/demo", "1"
+    return f"docker://{address}/team/demo", "demo"
 
 
-def behind_http(stack, request, tmp_path, source):
+def behind_http(stack, request, tmp_path):
     """The directory that was pushed to, as a web server shows it."""
     url = stack.enter_context(nginx(tmp_path / "nginx", static_files(tmp_path / "pushed")))
-    return url, "demo:1"
+    return url, "demo"
 
 
 KINDS: dict[str, Callable[..., tuple[str, str]]] = {
-    "directory": in_directory,
     "s3": in_s3,
     "registry": in_registry,
     "http": behind_http,
@@ -67,13 +56,12 @@ KINDS: dict[str, Callable[..., tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tree_is_all_there(kind, servers, request, tmp_path, source, umoci_unpacked):
-    url, name = KINDS[kind](servers, request, tmp_path, source)
+def test_the_tree_is_all_there(kind, servers, request, tmp_path, demo_store, expected):
+    url, name = KINDS[kind](servers, request, tmp_path)
     pushed = str(tmp_path / "pushed") if kind == "http" else url
-    assert run(["--store", str(source), "--quiet", "push", "demo:1", pushed]) == 0
-    before = Image.open(open_store(str(source)), "demo:1")
+    assert run(["--store", str(demo_store.path), "--quiet", "push", "demo", pushed]) == 0
     image = Image.open(open_store(url), name)
-    assert image.digest == before.digest
+    assert image.digest == Image.open(demo_store, "demo").digest
     host = Host(tmp_path / "host")
     target = tmp_path / "mnt"
     target.mkdir()
@@ -82,9 +70,7 @@ def test_the_tree_is_all_there(kind, servers, request, tmp_path, source, umoci_u
         assert run(mount) == 0
         fetched = host.engine()["bytes_fetched"]
         assert fetched < 1 << 20
-        ours, theirs = snapshot(target), snapshot(umoci_unpacked)
-        assert sorted(ours) == sorted(theirs)
-        assert [path for path in ours if ours[path] != theirs[path]] == []
+        assert_same(whole_tree(target), expected)
         sources = host.engine()["sources"]
         assert list(sources) == [url]
         assert sources[url]["failed"] == sources[url]["bad_frames"] == 0

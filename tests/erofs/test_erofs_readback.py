@@ -140,4 +140,7 @@ def test_a_huge_hole_is_refused(small_index):
     with pytest.raises(UnsupportedError, match="holes"):
         read_back(Index(bytes(image), verify=False))
     image[size : size + 8] = (1 << 40).to_bytes(8, "little")
-    assert len(read_back(Index(bytes(image), verify=False)).root.children[b"hollow"].chunks) == (1 << 40) // sampletree.CHUNK
+    assert (
+        len(read_back(Index(bytes(image), verify=False)).root.children[b"hollow"].chunks)
+        == (1 << 40) // sampletree.CHUNK
+    )

@@ -36,7 +36,7 @@ def test_a_killed_server(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
     assert Reader(target / "two", 0, CHUNK).get() == wide.files["two"][:CHUNK]  # type: ignore[index]
     lost = LOST[site.variant.plane]
-    worker = site.host.status()["worker"]
+    worker = site.host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     waiting = Reader(target / "one", 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
@@ -168,13 +168,13 @@ def test_a_daemon_killed_under_load(site: Site, wide: Sample) -> None:
 
 def test_a_waiting_reader_outlives_a_supervisor(site: Site, wide: Sample) -> None:
     target = site.mount(wide.image, read_ahead=128)
-    first = site.host.status()
+    first = site.host.running("worker")
     os.kill(first["worker"], signal.SIGSTOP)
     reader = Reader(target / "one", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
     site.host.kill("pid", "worker")
     assert reader.get() == wide.files["one"][5 * CHUNK : 25 * CHUNK]  # type: ignore[index]
-    second = site.host.status()
+    second = site.host.running("worker")
     assert second["pid"] != first["pid"]
     os.kill(second["worker"], signal.SIGSTOP)
     reader = Reader(target / "two", 5 * CHUNK, 20 * CHUNK)
@@ -191,7 +191,7 @@ def test_all_of_the_daemon_killed(own_site: Site) -> None:
     two = wide.files["two"]
     assert isinstance(two, bytes)
     assert Reader(target / "two", 0, 8 * CHUNK).get() == two[: 8 * CHUNK]
-    status = site.host.status()
+    status = site.host.running("standby", "worker")
     os.kill(status["worker"], signal.SIGSTOP)
     waiting = Reader(target / "one", 60 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
@@ -218,10 +218,10 @@ def test_a_stopped_daemon_takes_its_mounts_away(own_site: Site) -> None:
     site, wide = own_site, make_wide(own_site.maker)
     target = site.mount(wide.image, read_ahead=128)
     with (target / "one").open("rb", buffering=0) as kept:
-        os.kill(site.host.status()["worker"], signal.SIGSTOP)
+        site.host.kill("worker", send=signal.SIGSTOP)
         waiting = Reader(target / "two", 7 * CHUNK)
         eventually(lambda: site.host.status()["waiting"] > 0)
-        os.kill(site.host.status()["pid"], signal.SIGTERM)
+        site.host.kill("pid", send=signal.SIGTERM)
         eventually(lambda: site.daemon() == [])
         assert number_of(waiting.get()) == errno.EIO
         assert erofs_mounts_below(site.place) == []
@@ -258,7 +258,7 @@ def test_what_erofs_has_open_is_still_cut_off(own_site: Site) -> None:
     before.mount(wide.image, site.place / "before")
     with (site.place / "before" / "one").open("rb", buffering=0) as kept:
         assert kept.read(CHUNK) == wide.files["one"][:CHUNK]  # type: ignore[index]
-        status = before.status()
+        status = before.running("standby", "worker")
         os.kill(status["pid"], signal.SIGSTOP)
         for name in ("standby", "pid", "worker"):
             os.kill(status[name], signal.SIGKILL)

@@ -28,7 +28,7 @@ ONE = 4 * CHUNK
 @contextmanager
 def stalled(site: Site) -> Iterator[None]:
     """Nothing that is missing is brought meanwhile."""
-    worker = site.host.status()["worker"]
+    worker = site.host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     try:
         yield

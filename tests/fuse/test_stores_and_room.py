@@ -49,7 +49,7 @@ def test_a_read_does_not_outlive_its_deadline(make_site: Callable[..., Site], va
     site = make_site(variant, deadline=1)
     wide = make_wide(site.maker)
     target = site.mount(wide.image, read_ahead=128)
-    worker = site.host.status()["worker"]
+    worker = site.host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     try:
         started = time.monotonic()

@@ -229,7 +229,7 @@ class Manager:
             "high = [os.dup2(number, 200 + at) for at, number in enumerate(numbers)]\n"
             "[os.dup2(number, 3 + at, inheritable=True) for at, number in enumerate(high)]\n"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(numbers)), LISTEN_FDNAMES=sys.argv[2])\n"
-            "os.execv(sys.executable, [sys.executable, '-m', 'erofsgen.host.daemon.supervisor', '--root', sys.argv[3],"
+            "os.execv(sys.executable, [sys.executable, '-m', 'erofsgen.host.daemon', '--root', sys.argv[3],"
             " '--read-ahead=0'])\n"
         )
         self.process = subprocess.Popen(
@@ -283,7 +283,7 @@ def test_systemd_keeps_readers_waiting_over_a_crash(
     assert set(manager.store) == {"fanotify", "journal", "lock", "fill", "listen"}
     assert host.status()["standby"] == 0, "systemd would end a process it does not know"
     host.mount(image, mount_point)
-    os.kill(host.status()["worker"], signal.SIGSTOP)
+    host.kill("worker", send=signal.SIGSTOP)
     with subprocess.Popen(["sha256sum", mount_point / "file"], stdout=subprocess.PIPE) as reader:
         eventually(lambda: host.status()["waiting"] > 0)
         assert manager.process is not None

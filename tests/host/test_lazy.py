@@ -144,7 +144,7 @@ def test_read_write(wide: Sample, host: Host, mount_point: Path, tmp_path: Path)
 def test_a_killed_worker_is_not_noticed(wide: Sample, host: Host, mount_point: Path) -> None:
     host.mount(wide.image, mount_point)
     for number, name in enumerate(("one", "two", "three")):
-        os.kill(host.status()["worker"], signal.SIGSTOP)
+        host.kill("worker", send=signal.SIGSTOP)
         reader = Reader(mount_point / name, 5 * CHUNK, 20 * CHUNK)
         eventually(lambda: host.status()["waiting"] > 0)
         host.kill("worker")
@@ -156,7 +156,7 @@ def test_a_killed_worker_is_not_noticed(wide: Sample, host: Host, mount_point: P
 @pytest.mark.parametrize("victims", [["pid"], ["pid", "worker"], ["worker", "pid"], ["standby"]])
 def test_a_killed_supervisor_is_replaced(wide: Sample, host: Host, mount_point: Path, victims: list[str]) -> None:
     host.mount(wide.image, mount_point)
-    first = host.status()
+    first = host.running("worker")
     os.kill(first["worker"], signal.SIGSTOP)
     reader = Reader(mount_point / "one", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: host.status()["waiting"] > 0)
@@ -171,7 +171,7 @@ def test_a_killed_supervisor_is_replaced(wide: Sample, host: Host, mount_point: 
 
 def test_a_supervisor_can_be_replaced_by_a_new_version(wide: Sample, host: Host, mount_point: Path) -> None:
     host.mount(wide.image, mount_point)
-    first = host.status()
+    first = host.running("worker")
     os.kill(first["worker"], signal.SIGSTOP)
     reader = Reader(mount_point / "one", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: host.status()["waiting"] > 0)
@@ -187,7 +187,7 @@ def test_all_holders_killed_at_once(wide: Sample, host: Host, mount_point: Path)
     host.mount(wide.image, mount_point)
     with (mount_point / "one").open("rb", buffering=0) as kept:
         assert kept.read(CHUNK) == wide.files["one"][:CHUNK]
-        status = host.status()
+        status = host.running("standby", "worker")
         os.kill(status["pid"], signal.SIGSTOP)  # or it would start another standby
         for name in ("standby", "pid", "worker"):
             os.kill(status[name], signal.SIGKILL)
@@ -209,10 +209,10 @@ def test_stopping_under_a_mount_fails_closed(wide: Sample, host: Host, mount_poi
     assert kept.read(CHUNK) == wide.files["one"][:CHUNK]
     with pytest.raises(BusyError, match="mounted lazily"):
         host.call("stop")
-    os.kill(host.status()["worker"], signal.SIGSTOP)
+    host.kill("worker", send=signal.SIGSTOP)
     waiting = Reader(mount_point / "two", 7 * CHUNK)
     eventually(lambda: host.status()["waiting"] > 0)
-    os.kill(host.status()["pid"], signal.SIGTERM)
+    host.kill("pid", send=signal.SIGTERM)
     eventually(lambda: processes(host.root) == [])
     assert isinstance(waiting.get(), OSError)
     assert erofs_mounts_below(mount_point) == []
@@ -238,7 +238,7 @@ def test_a_read_does_not_outlive_its_deadline(wide: Sample, make_host: Callable[
     host = make_host(deadline=1, read_ahead=0)
     host.start()
     host.mount(wide.image, mount_point)
-    worker = host.status()["worker"]
+    worker = host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     started = time.monotonic()
     try:
@@ -358,7 +358,7 @@ def test_a_mount_that_fails_leaves_no_marks(wide: Sample, host: Host, mount_poin
 
 def test_two_daemons_for_one_root(host: Host) -> None:
     again = subprocess.run(
-        [sys.executable, "-m", "erofsgen.host.daemon.supervisor", "--root", str(host.root)],
+        [sys.executable, "-m", "erofsgen.host.daemon", "--root", str(host.root)],
         capture_output=True,
         text=True,
         timeout=WAIT,
@@ -431,7 +431,7 @@ def test_scrubbing_repairs_under_a_mount(wide: Sample, make_host: Callable[..., 
     with data.open("r+b") as file:
         file.seek(9 * CHUNK + 17)
         file.write(b"the disk has forgotten")
-    os.kill(host.status()["worker"], signal.SIGKILL)  # the next begins a pass at once
+    host.kill("worker")  # the next begins a pass at once
     eventually(lambda: "frame 2: repaired" in host.log())
     assert data.read_bytes() == wide.files["one"]
     drop_page_cache()

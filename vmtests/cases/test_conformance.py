@@ -16,7 +16,9 @@ from sites import check_reads, drop_caches
 
 from erofsgen.errors import StorageError
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.daemon.client import Client
 from erofsgen.host.linux import process_start
+from erofsgen.host.prefetch.start import Start
 from erofsgen.store.directory import DirectoryStore
 
 case = pytest.mark.case
@@ -114,10 +116,37 @@ def test_unmounting_while_somebody_reads(shared, fresh):
         eventually(shared.idle)
 
 
+@case("profile recorded and replayed")
+def test_a_start_is_recorded_and_replayed(lazy_plane, site, wide):
+    def worker(do, **arguments):
+        client = Client.connect(site.host.root)
+        assert client is not None
+        with client:
+            return client.worker(do, **arguments)
+
+    def start(mounted):
+        for name, offset in (("two", 9 * CHUNK), ("one", 0)):
+            data = wide.files[name][offset : offset + 4096]
+            assert Reader(mounted / name, offset, 4096).get() == data
+
+    mounted = site.mount(wide.image, start=Start(command="serve", mode="none", token="t"))
+    start(mounted)
+    site.unmount(mounted)
+    (recorded,) = worker("take in", token="t")["recordings"]
+    assert (recorded["command"], recorded["runs"]) == ("serve", 1)
+    eventually(site.idle)
+    worker("clear")
+    mounted = site.mount(wide.image, start=Start(command="serve", mode="profile"))
+    eventually(lambda: [facts["state"] for facts in worker("status")["prefetch"]["mounts"].values()] == ["done"])
+    before = site.frames()
+    start(mounted)
+    assert site.frames() == before
+
+
 @case("worker killed")
 def test_a_killed_worker_is_not_noticed(lazy_plane, site, wide):
     mounted = site.mount(wide.image)
-    os.kill(site.host.status()["worker"], signal.SIGSTOP)
+    site.host.kill("worker", send=signal.SIGSTOP)
     reader = Reader(mounted / "two", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
     site.host.kill("worker")
@@ -129,7 +158,7 @@ def test_a_killed_worker_is_not_noticed(lazy_plane, site, wide):
 @pytest.mark.parametrize("victims", [["pid"], ["worker", "pid"], ["standby"]], ids="+".join)
 def test_a_killed_daemon_is_replaced(lazy_plane, site, wide, victims):
     mounted = site.mount(wide.image)
-    first = site.host.status()
+    first = site.host.running("worker")
     os.kill(first["worker"], signal.SIGSTOP)
     reader = Reader(mounted / "one", 5 * CHUNK, 20 * CHUNK)
     eventually(lambda: site.host.status()["waiting"] > 0)
@@ -145,7 +174,7 @@ def test_a_killed_daemon_is_replaced(lazy_plane, site, wide, victims):
 def test_readers_get_errors_when_nobody_is_left(lazy_plane, site, wide):
     mounted = site.mount(wide.image)
     assert Reader(mounted / "one").get() == wide.files["one"][:4096]
-    status = site.host.status()
+    status = site.host.running("standby", "worker")
     os.kill(status["pid"], signal.SIGSTOP)  # or it would start another standby
     for name in ("standby", "pid", "worker"):
         os.kill(status[name], signal.SIGKILL)
@@ -179,7 +208,7 @@ def test_a_store_that_is_away(lazy_plane, site, wide):
 def test_a_read_does_not_outlive_its_deadline(lazy_plane, site, wide):
     site.host.options.append("--deadline=3")
     mounted = site.mount(wide.image)
-    worker = site.host.status()["worker"]
+    worker = site.host.running("worker")["worker"]
     os.kill(worker, signal.SIGSTOP)
     started = time.monotonic()
     try:

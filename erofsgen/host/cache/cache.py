@@ -170,22 +170,23 @@ class HostCache:
             (self.image_path(image.digest, "json"), image.digest, image.manifest_size),
             (self.image_path(image.digest, "config.json"), config.digest, config.size),
         ]
+        lacking = [(path, digest, size) for path, digest, size in documents if not _is_document(path, digest)]
         missing = [pack for pack in image.packs if not self._has_toc(pack)]
         assigned = self.layout.assigned() if missing else {}
         places = [self._place(pack, assigned) for pack in missing]
         # All at once: over a slow link the time is that of the slowest, not of their sum
         with (
             progress.task("tables of contents", len(missing)) if missing else nullcontext() as task,
-            ThreadPoolExecutor(_FETCHERS, "add") as pool,
+            ThreadPoolExecutor(_FETCHERS, "add") as pool,  # which has no threads until it has work
         ):
-            read = [pool.submit(_read_document, image.store, *document) for document in documents]
+            read = [
+                pool.submit(read_blob, image.store, digest, size, limit=MANIFEST_LIMIT) for _, digest, size in lacking
+            ]
             tocs = [pool.submit(_read_toc, image.store, pack) for pack in missing]
-            new = self._write_index(image)  # before anything else becomes visible
-            for (path, _, _), data in zip(documents, [future.result() for future in read], strict=True):
-                if data is not None:
-                    self.room.reserve(len(data))
-                    replace_file(path, data)
-                    new = True
+            new = self._write_index(image) or bool(lacking)  # before anything else becomes visible
+            for (path, _, size), data in zip(lacking, [future.result() for future in read], strict=True):
+                self.room.reserve(size)
+                replace_file(path, data)
             for files, toc in zip(places, tocs, strict=True):
                 self._put_toc(files, toc.result())
                 if task is not None:
@@ -415,12 +416,10 @@ def _read_toc(store: Store, pack: Pack) -> bytes:
     return data
 
 
-def _read_document(store: Store, path: Path, digest: str, size: int) -> bytes | None:
-    """A manifest or config from the store, None where ``path`` has it already."""
+def _is_document(path: Path, digest: str) -> bool:
+    """Whether a manifest or config is there."""
     with storage(path):
-        if path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest:
-            return None
-    return read_blob(store, digest, size, limit=MANIFEST_LIMIT)
+        return path.exists() and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == digest
 
 
 def pack_frames(files: PackFiles) -> int:

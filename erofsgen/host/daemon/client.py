@@ -86,7 +86,7 @@ def start(root: Path, options: Sequence[str] = ()) -> None:
     """Start a daemon in the background and wait until it answers. Raises what kept it from that."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        in_background(root, "erofsgen.host.daemon.supervisor", "--root", str(root), "--detach", *options)
+        in_background(root, "erofsgen.host.daemon", "--root", str(root), "--detach", *options)
     except BusyError:
         client = Client.connect(root)
         if client is None:

@@ -76,4 +76,8 @@ class MountWatch:
 
     def status(self) -> dict[str, Any]:
         """For ``status``."""
-        return {"mounts": self.recorder.status(), "recordings": self.recorder.recordings}
+        return {
+            "mounts": self.recorder.status(),
+            "unmounted": self.recorder.unmounted(),
+            "recordings": self.recorder.recordings,
+        }

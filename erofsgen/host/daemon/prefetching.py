@@ -31,7 +31,7 @@ from erofsgen.host.fill.sources import describe
 from erofsgen.host.fill.work import Priority, Target
 from erofsgen.host.prefetch import recording as recordings
 from erofsgen.host.prefetch.guessing import Reader, guess_profile
-from erofsgen.host.prefetch.plan import plan
+from erofsgen.host.prefetch.plan import HOT_PACK, plan, plan_hot
 from erofsgen.host.prefetch.recording import Arrival
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.host.profiles import HostProfiles
@@ -136,9 +136,9 @@ class Prefetching:
         try:
             self._replay(message, started)
         except ErofsgenError as error:
-            _logger.warning("%s: no prefetch: %s", mount, error)
+            _logger.warning("%s: no prefetch: %s", mount, error, extra={"mount": mount})
         except Exception as error:  # the thread's end must not be the worker's
-            _logger.exception("%s: no prefetch: %s", mount, describe(error))
+            _logger.exception("%s: no prefetch: %s", mount, describe(error), extra={"mount": mount})
         finally:
             started.state = started.replay.state if started.replay is not None else "nothing to do"
             self._worker.tell({"do": "prefetched", "mount": mount})
@@ -147,13 +147,21 @@ class Prefetching:
         image = self._worker.cache.open_image(str(message["image"]))
         self._worker.add_stores(image)
         profile = self._profile(image, message)
-        if profile is None or not len(profile.rows):
+        hot = {pack.hex: pack.hot for pack in image.packs if pack.hot}
+        if profile is not None and len(profile.rows):
+            started.why = "profile" if profile.recorded else "heuristics"
+            packs = [pack for pack in dict.fromkeys(profile.packs) if pack in {pack.hex for pack in image.packs}]
+        elif hot:
+            started.why, packs = HOT_PACK, list(hot)
+        else:
             return
-        started.why = "profile" if profile.recorded else "heuristics"
-        packs = [pack for pack in dict.fromkeys(profile.packs) if pack in {pack.hex for pack in image.packs}]
         with self._targets(packs) as targets:
             tocs = {pack: target.toc for pack, target in targets.items()}
-            steps = plan(profile, tocs, confidence=self._config.confidence)
+            if started.why == HOT_PACK:
+                steps = [step for pack, toc in tocs.items() for step in plan_hot(pack, toc, hot[pack])]
+            else:
+                assert profile is not None
+                steps = plan(profile, tocs, confidence=self._config.confidence)
             budget = Budget(self._config.bytes, self._config.seconds, self._config.bandwidth)
             started.replay = Replay(self._worker.engine, str(message["mount"]), steps, targets.__getitem__, budget)
             started.state = "running"
@@ -234,7 +242,7 @@ class Prefetching:
             arrivals = dict(self._arrivals)
         steps = started.replay.asked if started is not None and started.replay is not None else []
         trace = recordings.trace_of(recording, tocs, arrivals, {(step.pack, step.frame): step.reason for step in steps})
-        self._judge(trace, set(header.unobserved))
+        self._judge(trace)
         if not len(trace.touches):
             return None
         self._profiles.put_trace(trace)
@@ -242,7 +250,10 @@ class Prefetching:
         before = self._profiles.find(header.image, header.command)
         run = recordings.run_of(recording, chunks, before)
         profile = self._profiles.add(header.image, run)
-        _logger.info("%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size)
+        _logger.info(
+            "%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size,
+            extra={"mount": header.mount, "digest": header.image, "command": header.command},
+        )  # fmt: skip
         return {
             "token": header.token,
             "image": header.image,
@@ -262,7 +273,7 @@ class Prefetching:
                 found[pack.hex] = self._worker.cache.toc(pack)
         return found
 
-    def _judge(self, trace: Trace, unobserved: set[str]) -> None:
+    def _judge(self, trace: Trace) -> None:
         """Count what of a mount's prefetch was of use, as far as anybody could see."""
         with self._lock:
             for row in trace.brought:
@@ -272,8 +283,7 @@ class Prefetching:
                 judged.bytes += size
                 judged.used_frames += used
                 judged.used_bytes += used * size
-                if used or (trace.packs[row["pack"]] not in unobserved and trace.plane != "fscache"):
-                    judged.judged_bytes += size
+                judged.judged_bytes += bool(row["judged"]) * size
 
     # --- for the user ------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,9 @@ SECONDS: Final = 300.0
 """How long one recording lasts at most: a start is over by then."""
 _RECORDINGS: Final = 64
 """Recordings at a time; more mounts are counted only."""
+_COUNTERS: Final = ("touches", "touched_bytes", "misses", "missed_bytes", "waited")
+_IMAGES: Final = 1000
+"""Names of images whose mounts that are gone are counted; those of more images count together, without a name."""
 _KNOWN: Final = 4096
 """Processes whose root directory is remembered."""
 _BLOCK_BITS: Final = 12
@@ -166,6 +169,7 @@ class Recorder:
         self._watches: dict[str, Watch] = {}
         self._by_pack: dict[str, list[tuple[Watch, int]]] = {}
         self._waiting: dict[int, Begun] = {}
+        self._unmounted: dict[str, dict[str, float]] = {}  # by the name of the image
         self._roots: dict[int, int | None] = {}  # of processes: the device number of their root directory
 
     def __len__(self) -> int:
@@ -204,6 +208,7 @@ class Recorder:
                 self._by_pack[pack] = left
             else:
                 del self._by_pack[pack]
+        self._count(watch)
         return watch.finish(self._directory, complete=True)
 
     def end_all(self) -> None:
@@ -255,6 +260,19 @@ class Recorder:
     def status(self) -> dict[str, Any]:
         """The mounts by their ids, for ``status``."""
         return {watch.mount: watch.status() for watch in self._watches.values()}
+
+    def unmounted(self) -> dict[str, dict[str, float]]:
+        """The counters of mounts that are gone, added up by the names of their images, for ``status``."""
+        return self._unmounted
+
+    def _count(self, watch: Watch) -> None:
+        if watch.touches:
+            name = str(watch.facts.get("name", ""))
+            if name not in self._unmounted and len(self._unmounted) >= _IMAGES:
+                name = ""
+            total = self._unmounted.setdefault(name, dict.fromkeys(_COUNTERS, 0))
+            for counter in _COUNTERS:
+                total[counter] += getattr(watch, counter)
 
     def _of(self, watches: list[tuple[Watch, int]], pid: int, mount: str | None) -> list[tuple[Watch, int]]:
         if mount is not None:

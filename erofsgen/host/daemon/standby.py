@@ -80,5 +80,5 @@ def become(descriptors: Mapping[str, int], arguments: Sequence[str]) -> NoReturn
     inherited = ",".join(f"{name}={number}" for name, number in descriptors.items())
     os.execv(  # noqa: S606  (the same program, by its own name)
         sys.executable,
-        [sys.executable, "-m", "erofsgen.host.daemon.supervisor", *arguments, "--inherit", inherited],
+        [sys.executable, "-m", "erofsgen.host.daemon", *arguments, "--inherit", inherited],
     )

@@ -257,20 +257,20 @@ FAMILIES: Final = (
     Family("erofsgen_cache_packs", "gauge", (), "Packs of which the host cache may have frames.", _cache("packs")),
     # --- prefetch
     Family(
-        "erofsgen_prefetch_frames_total", "counter", ("reason",), "Frames brought before they were read.",
+        "erofsgen_prefetch_frames_total", "counter", ("reason",), "Frames prefetched, counted when a recording ends.",
         _prefetch("frames"),
     ),
     Family(
-        "erofsgen_prefetch_bytes_total", "counter", ("reason",), "Bytes of devices in these frames.",
+        "erofsgen_prefetch_bytes_total", "counter", ("reason",), "Bytes of devices in them.",
         _prefetch("bytes"),
     ),
     Family(
         "erofsgen_prefetch_used_bytes_total", "counter", ("reason",),
-        "Bytes of them that were read, as far as mounts were judged: when their recording ended.",
+        "Bytes of them that were read.",
         _prefetch("used_bytes"),
     ),
     Family(
-        "erofsgen_prefetch_wasted_bytes_total", "counter", ("reason",), "Bytes that were judged and not read.",
+        "erofsgen_prefetch_wasted_bytes_total", "counter", ("reason",), "Bytes of them that nobody was seen to read.",
         _prefetch("judged_bytes", "used_bytes"),
     ),
     Family("erofsgen_prefetch_pending_bytes", "gauge", (), "Bytes that are still to be prefetched.", _pending),
