@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from erofsgen.profile.guess.request import Code, Request
 
 _STATEMENT_MAX: Final = 16 << 10
 _REQUESTS_MAX: Final = 10_000
+_ALIASES_MAX: Final = 100
 
 _LINE: Final = re.compile(
     rb"^([ \t]*)(import|from|if|elif|else|try|except|finally|with|for|while|async|def|class|match|case)\b", re.MULTILINE
@@ -26,6 +28,9 @@ _COMMENT: Final = re.compile(rb"#[^\n]*")
 _FROM: Final = re.compile(rb"from\s*(\.*)\s*([\w.]*?)\s*\bimport\b\s*(.*)", re.DOTALL)
 _IMPORT: Final = re.compile(rb"import\s+(.*)", re.DOTALL)
 _NAME: Final = re.compile(rb"[^\W\d]\w*(?:\.[^\W\d]\w*)*\Z")
+_ALIAS: Final = re.compile(rb"\bimport\s+([\w.]+)\s+as\s+(\w+)")
+_PLAIN: Final = re.compile(rb"\bimport\s+(\w+)\b(?!\s+as\b)")
+_NAMED: Final = re.compile(rb"\b(?:__import__|import_module)\(\s*['\"]([A-Za-z_][\w.]*)['\"]")
 _STRING: Final = re.compile(rb"\"([^\"\\\n]{1,1000})\"|'([^'\\\n]{1,1000})'")
 
 
@@ -56,7 +61,10 @@ def imports(source: bytes, *, everything: bool = False) -> Code:
             found = _ONE_LINER.search(rest)
             if found:
                 requests += _requests(found[1])
-    return Code(requests, list(_texts(source)) if everything else [])
+    if not everything:
+        return Code(requests, [])
+    named = [Request(0, name.decode(), ()) for name in _NAMED.findall(code)[:_REQUESTS_MAX]]
+    return Code([*requests, *named, *_attributes(code)], list(_texts(source)))
 
 
 def _runs(keyword: bytes, rest: bytes, *, everything: bool) -> bool:
@@ -75,7 +83,7 @@ def _without_docstrings(source: bytes) -> bytes:
     """The source without strings in three quotes, as far as quotes look like those of a string."""
     kept: list[bytes] = []
     done = 0
-    for opened in iter(lambda: _QUOTES.search(source, done), None):
+    while opened := _QUOTES.search(source, done):
         start = opened.start()
         line = source[source.rfind(b"\n", done, start) + 1 : start]
         if b"#" in line or line.endswith((b"'", b'"')):
@@ -132,6 +140,15 @@ def _names(listed: bytes) -> Iterator[str]:
         words = item.split()
         if words and _NAME.match(words[0]):
             yield words[0].decode("utf-8", "replace")
+
+
+def _attributes(code: bytes) -> Iterator[Request]:
+    """Attributes of imported packages, which may be modules that are imported when they are asked for."""
+    aliases = {found[2]: found[1] for found in islice(_ALIAS.finditer(code), _ALIASES_MAX)}
+    plain = [found[1] for found in islice(_PLAIN.finditer(code), _ALIASES_MAX)]
+    for alias, name in {**{name: name for name in plain}, **aliases}.items():
+        for rest in sorted(set(re.findall(rb"\b%s((?:\.[^\W\d]\w*)+)" % re.escape(alias), code)))[:_REQUESTS_MAX]:
+            yield Request(0, (name + rest).decode("utf-8", "replace"), ())
 
 
 def _texts(source: bytes) -> Iterator[str]:
