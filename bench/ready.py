@@ -76,13 +76,15 @@ _NOTED = 30.0
 @dataclass(frozen=True)
 class Start:
     """A start: seconds to ready, bytes that came over the network meanwhile, reads that had to wait and the seconds
-    of all of them together, bytes that were prefetched and of these the ones that nobody used."""
+    of all of them together, bytes that were prefetched, of these the ones whose use could be seen (reads of a complete
+    pack are the kernel's alone), and of these the ones that nobody used."""
 
     seconds: float
     fetched: int
     misses: int = 0
     waited: float = 0.0
     prefetched: int = 0
+    judged: int = 0
     unused: int = 0
     trace: Trace | None = None
 
@@ -264,7 +266,7 @@ class ReadyBench(Bench):
         say(
             f"{prepared.name}, {latency} ms, {way}: {start.seconds:.2f} s, {start.fetched / MIB:.1f} MiB fetched, "
             f"{start.misses} reads waited {start.waited:.2f} s, {start.prefetched / MIB:.1f} MiB prefetched, "
-            f"{start.unused / MIB:.1f} of it not used"
+            f"{start.unused / MIB:.1f} of {start.judged / MIB:.1f} not used"
         )
         return start
 
@@ -291,17 +293,20 @@ class ReadyBench(Bench):
             since = time.time()
             seconds = self.start(container, lambda port: self.lazily(store, host.root, name, container, port, *options))
             fetched = host.engine()["bytes_fetched"]
-            trace = None if way in (PACKS, LOCAL) else self.trace(host, name, container, since)
-        if trace is None:
-            return Start(seconds, fetched)
-        waited, brought = trace.touches["waited"], trace.brought
+            if way in (PACKS, LOCAL):
+                return Start(seconds, fetched)
+            trace = self.trace(host, name, container, since)
+            reasons = host.worker()["prefetch"]["reasons"].values()
+        waited = trace.touches["waited"]
+        judged = sum(reason["judged_bytes"] for reason in reasons)
         return Start(
             seconds,
             fetched,
             misses=int((waited > 0).sum()),
             waited=int(waited.sum(dtype=np.int64)) / 1e6,
-            prefetched=int(brought["length"].sum(dtype=np.int64)),
-            unused=int(brought["length"][~brought["used"]].sum(dtype=np.int64)),
+            prefetched=sum(reason["bytes"] for reason in reasons),
+            judged=judged,
+            unused=judged - sum(reason["used_bytes"] for reason in reasons),
             trace=trace,
         )
 
@@ -386,8 +391,8 @@ def judge(bench: ReadyBench, name: str, found: dict[str, list[Start]]) -> None:
         closed = median((nothing - guessed) / (nothing - recorded) for nothing, guessed, recorded in rounds)
         bench.goal(f"{what}: what heuristics win / what a profile wins", closed, 0.5, at_least=True)
     if PROFILE in found:
-        brought = sum(start.prefetched for start in found[PROFILE])
-        unused = sum(start.unused for start in found[PROFILE]) / brought if brought else None
+        judged = sum(start.judged for start in found[PROFILE])
+        unused = sum(start.unused for start in found[PROFILE]) / judged if judged else None
         bench.goal(f"{what}: prefetched with a profile and not used", unused, 0.1)
 
 
@@ -411,7 +416,8 @@ def draw(bench: ReadyBench, prepared: Prepared, found: dict[str, list[Start]], p
 def new_table(container: Container) -> Table:
     """A table of the container's starts, medians of the rounds."""
     columns = (
-        "latency", "way", "rounds", "median s", "min - max", "MiB fetched", "waits", "waited s", "MiB ahead", "unused",
+        "latency", "way", "rounds", "median s", "min - max", "MiB fetched", "waits", "waited s",
+        "MiB ahead", "judged", "unused",
     )  # fmt: skip
     table = Table(*columns, title=f"{container.name}: seconds to ready")
     for column in (table.columns[0], *table.columns[2:]):
@@ -421,7 +427,7 @@ def new_table(container: Container) -> Table:
 
 def add_row(table: Table, latency: int, way: str, found: Sequence[Start], *, last: bool) -> None:
     seconds = [start.seconds for start in found]
-    ahead = sum(start.prefetched for start in found)
+    judged = sum(start.judged for start in found)
     table.add_row(
         f"{latency} ms",
         way,
@@ -431,8 +437,9 @@ def add_row(table: Table, latency: int, way: str, found: Sequence[Start], *, las
         f"{median(start.fetched for start in found) / MIB:.1f}",
         f"{median(start.misses for start in found):.0f}",
         f"{median(start.waited for start in found):.2f}",
-        f"{ahead / len(found) / MIB:.1f}",
-        f"{sum(start.unused for start in found) / ahead:.1%}" if ahead else "-",
+        f"{median(start.prefetched for start in found) / MIB:.1f}",
+        f"{median(start.judged for start in found) / MIB:.1f}",
+        f"{sum(start.unused for start in found) / judged:.1%}" if judged else "-",
         end_section=last,
     )
 
