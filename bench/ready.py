@@ -42,6 +42,7 @@ from statistics import median
 import clients
 import hostkit
 import numpy as np
+import numpy.typing as npt
 from containerd import PROGRAMS, Containerd
 from containers import CONTAINERS, PORT, Container
 from hostkit import EROFSGEN, MIB, EmptyHost, alternate, drop_caches, paired
@@ -296,17 +297,15 @@ class ReadyBench(Bench):
             if way in (PACKS, LOCAL):
                 return Start(seconds, fetched)
             trace = self.trace(host, name, container, since)
-            reasons = host.worker()["prefetch"]["reasons"].values()
-        waited = trace.touches["waited"]
-        judged = sum(reason["judged_bytes"] for reason in reasons)
+        waited, brought = trace.touches["waited"], trace.brought
         return Start(
             seconds,
             fetched,
             misses=int((waited > 0).sum()),
             waited=int(waited.sum(dtype=np.int64)) / 1e6,
-            prefetched=sum(reason["bytes"] for reason in reasons),
-            judged=judged,
-            unused=judged - sum(reason["used_bytes"] for reason in reasons),
+            prefetched=total(brought),
+            judged=total(brought[brought["judged"]]),
+            unused=total(brought[brought["judged"] & ~brought["used"]]),
             trace=trace,
         )
 
@@ -328,6 +327,11 @@ class ReadyBench(Bench):
         # imports all that is needed to find an image, and finds none
         command = [EROFSGEN, "--store", self.store_url(), "--root", self.work / "none", "run", "none"]
         subprocess.run(command, check=False, capture_output=True, env=self._environment)
+
+
+def total(rows: npt.NDArray[np.void]) -> int:
+    """Bytes of a trace's rows."""
+    return int(rows["length"].sum(dtype=np.int64))
 
 
 def wait_for_answer(process: subprocess.Popen[bytes], port: int) -> None:

@@ -131,7 +131,7 @@ def _sharer(sharer: Sharer, content: Content) -> str:
 
     name = " ".join(map(output.printable, sharer.names)) or sharer.digest.removeprefix("sha256:")[:12]
     mounts = f", mounted on {' '.join(map(output.printable, sharer.mounts))}" if sharer.mounts else ""
-    chunks = f"{sharer.chunks} of {output.counted(content.chunks, 'chunk')}"
+    chunks = f"{sharer.chunks:,} of {output.counted(content.chunks, 'chunk')}"
     return f"{chunks} with {name} ({', '.join(sharer.known)}){mounts}"
 
 

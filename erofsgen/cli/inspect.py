@@ -54,7 +54,7 @@ def command(settings: Settings, image: str) -> None:
             (
                 str(pack.slot),
                 pack.digest.removeprefix("sha256:")[:12],
-                "missing" if pack.missing else pack.kind,
+                "missing" if pack.missing else pack.kind if pack.hot is None else f"{pack.kind}, hot",
                 size(pack.stored),
                 size(pack.device_size),
                 f"{pack.device_size / pack.stored:.2f}" if pack.stored else "-",

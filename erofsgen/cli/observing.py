@@ -44,7 +44,6 @@ def told(metrics: str | None, root: Path, *, insist: bool = False) -> None:
     if metrics is None:
         return
     address = str(Address.parse(metrics))
-    os.environ[VARIABLE] = address
     client = Client.connect(root) if insist else None
     if client is not None:
         with client:
@@ -53,6 +52,7 @@ def told(metrics: str | None, root: Path, *, insist: bool = False) -> None:
                     f"{root}: the daemon that runs serves no metrics at {address}",
                     hint="stop it first, or leave --metrics away",
                 )
+    os.environ[VARIABLE] = address
 
 
 def _log_format(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:  # noqa: ARG001  (click's)

@@ -10,6 +10,8 @@ from erofsgen.cli.shared import Settings, image_argument, verb
 def command(settings: Settings, image: str | None) -> None:
     """List profiles, of all images or of one.
 
+    RUNS is how many runs stand behind a profile.
+
     WHERE is host for runs of this host that the store has not got, store for what lies beside the image there, and
     fetched for what lay there when it was asked last, if it does not answer.
     """
@@ -42,7 +44,7 @@ def command(settings: Settings, image: str | None) -> None:
                 row.image.removeprefix("sha256:")[:12],
                 output.printable(" ".join(row.names)),
                 output.quoted(row.command),
-                str(row.runs),
+                str(row.runs) if row.runs else "guessed",
                 f"{row.chunks:,}",
                 output.size(row.bytes),
                 row.where,

@@ -12,7 +12,8 @@
 
 Files are replaced by rename. ``fetched`` is removed before its profiles change and written after: whoever is
 interrupted fetches anew. A file that power took is not readable, and counts as missing. All of it is a hint, bounded by
-numbers (32 commands an image, those that ran last) and not counted against the cache's limit; it goes with its image.
+numbers (32 commands an image, those that ran last) and not counted against the cache's limit. It outlives its image in
+the cache, which may come back; :func:`drop_lonely` ends that.
 
 What reads profiles is imported where it is used: a mount of an image that is here must take milliseconds.
 """
@@ -91,7 +92,8 @@ class HostProfiles:
         """The one to replay for a command: its own, else what :func:`erofsgen.profile.naming.best` takes for it."""
         from erofsgen.profile.naming import best
 
-        return self.find(digest, command) or best(self.all(digest), command)
+        found = self.find(digest, command)
+        return found if found is not None and found.recorded else best(self.all(digest), command)
 
     def add(self, digest: str, profile: Profile) -> Profile:
         """Merge a run into what is recorded of its command; returns that. Beyond :data:`COUNT` commands the one that

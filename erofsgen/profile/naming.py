@@ -45,6 +45,7 @@ def key(command: str) -> str:
 
 def best(profiles: Iterable[Profile], command: str) -> Profile | None:
     """The profile for ``command``: its own, else that of a command that differs in plain numbers only; None of none.
+    What was recorded of the latter comes before what is only guessed of its own.
 
     Numbers are whole words, or all that stands behind ``--option=``: ports, seeds, numbers of workers, ranks. They say
     how much a program does and where, hardly ever which files it reads first. Nothing else is taken for the same: the
@@ -53,11 +54,15 @@ def best(profiles: Iterable[Profile], command: str) -> Profile | None:
     """
     found = list(profiles)
     exact = next((profile for profile in found if profile.command == command), None)
-    if exact is not None:
+    if exact is not None and exact.recorded:
         return exact
     wanted = _without_numbers(command)
-    alike = [profile for profile in found if profile.command and _without_numbers(profile.command) == wanted]
-    return max(alike, key=lambda profile: profile.runs, default=None)
+    alike = [
+        profile
+        for profile in found
+        if profile.recorded and profile.command and _without_numbers(profile.command) == wanted
+    ]
+    return max(alike, key=lambda profile: profile.runs, default=exact)
 
 
 def _without_numbers(command: str) -> tuple[str, ...]:

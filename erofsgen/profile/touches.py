@@ -33,13 +33,14 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """What was prefetched for one reason, and how much of it was touched afterwards."""
+    """What was prefetched for one reason; how much of it was touched, and was not, as far as that is known."""
 
     name: str
     frames: int
     bytes: int
     used_frames: int
     used_bytes: int
+    unused_bytes: int
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -159,16 +160,28 @@ def totals(trace: Trace) -> Totals:
         missed=_bytes(touches[waits]),
         prefetched_touches=int(prefetched(trace).sum()),
         prefetched=_bytes(brought),
-        unused=_bytes(brought[~brought["used"]]),
+        unused=_bytes(brought[_unused(brought)]),
         sources=[
             Source(name, len(rows), int((rows["waited"] > 0).sum()), _bytes(rows), _seconds(rows))
             for name, rows in _by(trace.sources, touches, "source")
         ],
         reasons=[
-            Reason(name, len(rows), _bytes(rows), int(rows["used"].sum()), _bytes(rows[rows["used"]]))
+            Reason(
+                name,
+                len(rows),
+                _bytes(rows),
+                int(rows["used"].sum()),
+                _bytes(rows[rows["used"]]),
+                _bytes(rows[_unused(rows)]),
+            )  # fmt: skip
             for name, rows in _by(trace.reasons, brought, "reason")
         ],
     )
+
+
+def _unused(brought: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    """Which frames nobody touched, as far as that could be seen."""
+    return np.asarray(brought["judged"] & ~brought["used"])
 
 
 def _by(words: Sequence[str], rows: npt.NDArray[np.void], field: str) -> list[tuple[str, npt.NDArray[np.void]]]:

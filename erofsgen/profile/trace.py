@@ -2,7 +2,7 @@
 
 ::
 
-    magic "EGTRAC1\\0" │ a zstd frame of the MessagePack array of :class:`Trace`'s fields, arrays as bytes
+    magic "EGTRAC2\\0" │ a zstd frame of the MessagePack array of :class:`Trace`'s fields, arrays as bytes
 
 It stays on the host that recorded it, and is what waterfalls are drawn from; profiles are merged from traces.
 """
@@ -29,10 +29,10 @@ the pack in :attr:`Trace.packs`, device bytes ``[offset, offset + length)``, num
 
 BROUGHT: Final = np.dtype([
     ("at", "<u4"), ("pack", "<u2"), ("frame", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("source", "u1"),
-    ("reason", "u1"), ("used", "?"),
+    ("reason", "u1"), ("used", "?"), ("judged", "?"),
 ])  # fmt: skip
 """A frame that was prefetched: milliseconds from the mount to its arrival, its pack, its number and device bytes there,
-source, number of the reason in :attr:`Trace.reasons`, whether it was touched afterwards."""
+source, number of the reason in :attr:`Trace.reasons`, whether it was touched afterwards, and whether that is known."""
 
 HERE: Final = "host cache"
 """The source of what was there before it was touched and not prefetched for this mount."""
@@ -41,7 +41,7 @@ UNKNOWN: Final = "unknown"
 
 LIMIT: Final = 64 << 20
 
-_MAGIC: Final = b"EGTRAC1\0"
+_MAGIC: Final = b"EGTRAC2\0"
 
 
 _WORD: Final = msgspec.Meta(max_length=200)

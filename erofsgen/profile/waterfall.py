@@ -119,11 +119,6 @@ class Waterfall:
         """Milliseconds to the end of all that happened."""
         return float(max([self.last, *self.brought.at[-1:].tolist()]))
 
-    @property
-    def files(self) -> int:
-        """Files that were touched."""
-        return sum(row.files for row in self.rows)
-
 
 def of_trace(trace: Trace, chunks: Chunks | None, *, title: str, limit: int) -> Waterfall:
     """The picture of a run, in at most ``limit`` rows. Without ``chunks`` a row is a pack."""
@@ -180,10 +175,10 @@ def arrivals(
     """Prefetched bytes in each of ``bins`` equal parts of the time up to ``end`` (milliseconds): those that were used,
     those that were not, and the most of both together."""
     rows = waterfall.arrivals[waterfall.arrivals["at"] <= end]
+    unseen = rows["judged"] & ~rows["used"]
     place = np.minimum((rows["at"] * (bins / end)).astype(np.int64), bins - 1)
     used, unused = (
-        np.bincount(place[which], rows["length"][which], bins).astype(np.float64)
-        for which in (rows["used"], ~rows["used"])
+        np.bincount(place[which], rows["length"][which], bins).astype(np.float64) for which in (~unseen, unseen)
     )
     return used, unused, max(int((used + unused).max()), 1)
 
@@ -242,7 +237,7 @@ def _summary(sums: Totals) -> list[str]:
     lines = [f"{text.counted(sums.touches, 'read')} of {text.size(sums.touched)}; {waited}"]
     if sums.prefetched:
         reasons = ", ".join(
-            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.bytes - one.used_bytes, one.bytes)})"
+            f"{text.printable(one.name)} {text.size(one.bytes)} ({text.share(one.unused_bytes, one.bytes)})"
             for one in sums.reasons
         )
         waste = text.share(sums.unused, sums.prefetched)
@@ -258,7 +253,7 @@ def _tables(sums: Totals) -> list[Table]:
     reasons = [
         (
             text.printable(one.name), f"{one.frames:,}", text.size(one.bytes), f"{one.used_frames:,}",
-            text.size(one.used_bytes), text.share(one.bytes - one.used_bytes, one.bytes),
+            text.size(one.used_bytes), text.share(one.unused_bytes, one.bytes),
         )
         for one in sums.reasons
     ]  # fmt: skip

@@ -93,10 +93,16 @@ def test_what_the_image_knows_itself_stays(store, make_image):
 
 
 def test_guesses_are_made_anew(store, make_image):
-    make_image(store, "app", FILES)
-    image = Image.open(store, "app")
+    """And keep nobody from what was recorded of another image of the repository."""
+    make_image(store, "app:1", FILES)
+    image = Image.open(store, "app:1")
     beside.save(store, image.descriptor, [replace(run_of(image), runs=0)])
-    assert make_image(store, "app", CHANGED).profiles == 0
+    assert make_image(store, "app:1", CHANGED).profiles == 0
+    beside.save(store, image.descriptor, [replace(run_of(image), runs=0)])
+    make_image(store, "app:2", {**FILES, b"x": b"x" * 900})
+    learn(store, "app:2", "run")
+    make_image(store, "app:1", FILES)
+    assert make_image(store, "app:1", {**CHANGED, b"y": b"y" * 900}).profiles == 1
 
 
 def dated(tmp_path, store, tag, files, created):

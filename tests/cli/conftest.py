@@ -75,8 +75,11 @@ class Erofsgen:
 
 @pytest.fixture(autouse=True)
 def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither this machine's nor, since ``--config`` is told by the environment, another test's."""
+    """Neither this machine's nor, since ``--config`` is told by the environment, another test's. The same for metrics
+    and the log."""
     monkeypatch.setenv("EROFSGEN_CONFIG", os.devnull)
+    monkeypatch.setenv("EROFSGEN_METRICS", "")
+    monkeypatch.setenv("EROFSGEN_LOG_FORMAT", "")
 
 
 @pytest.fixture(autouse=True)

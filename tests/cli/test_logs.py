@@ -114,19 +114,3 @@ def test_a_daemon_in_trouble(own_sample, mount_point: Path, tmp_path: Path, monk
     (denied, *_) = [line for line in said if line["message"].startswith("read failed")]
     assert (denied["level"], denied["pack"]) == ("error", pack)
     assert len({line["pid"] for line in lines}) >= 2
-
-
-@pytest.mark.mount
-@pytest.mark.usefixtures("require_root")
-def test_a_fuse_server(sample, mount_point: Path):
-    process = sample.process("fuse", "sample:1", mount_point, "--log-format", "json")
-    try:
-        eventually(lambda: os.path.ismount(mount_point))
-        digest = sample("mounts", "--json").json[0]["digest"]
-        lines = [json.loads(line) for line in Host(sample.root).log().splitlines()]
-        (server,) = [line for line in lines if line["logger"] == "fusefallback.serving"]
-        assert (server["digest"], server["plane"]) == (digest, "fuse")
-        assert server["mount"] == sample("mounts", "--json").json[0]["id"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import math
 import os
 import re
@@ -194,8 +195,9 @@ def test_what_clients_ask_and_the_next_worker_answers(sample, address: str):
 @pytest.mark.mount
 @pytest.mark.usefixtures("require_root")
 def test_at_a_port_by_the_daemon_of_a_fuse_mount(sample, mount_point: Path, tmp_path: Path):
+    """Whose server writes its log as the daemon does."""
     address = str(free_port())
-    process = sample.process("fuse", "sample:1", mount_point, "--metrics", address)
+    process = sample.process("fuse", "sample:1", mount_point, "--metrics", address, "--log-format", "json")
     try:
         eventually(lambda: served(address) and os.path.ismount(mount_point))
         other = tmp_path / "other"
@@ -207,6 +209,10 @@ def test_at_a_port_by_the_daemon_of_a_fuse_mount(sample, mount_point: Path, tmp_
         found = families(address)
         assert found["erofsgen_mounts"].value(plane="fuse") == 1
         assert found["erofsgen_fuse_servers"].value() == 1
+        lines = [json.loads(line) for line in Host(sample.root).log().splitlines()]
+        (server,) = [line for line in lines if line["logger"] == "fusefallback.serving"]
+        (mount,) = sample("mounts", "--json").json
+        assert (server["mount"], server["digest"], server["plane"]) == (mount["id"], mount["digest"], "fuse")
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)

@@ -74,6 +74,9 @@ def test_profiles_of_host_and_store(own_sample):
     ]  # fmt: skip
     found = {one.command: one for one in beside.load(after.store, after.digest)}
     assert {one.packs[0] for one in found.values()} == {after.packs[-1].hex}
+    packs = own_sample("inspect", "sample:1", "--json").json["packs"]
+    assert [pack["hot"] for pack in packs][-1] == after.packs[-1].hot
+    assert [line for line in own_sample("inspect", "sample:1").lines if "zstd, hot" in line]
     # again, by what lies beside it now: nothing changes
     lines = own_sample("optimize", "sample:1").lines
     assert image_of(own_sample).digest == after.digest

@@ -45,7 +45,7 @@ class Known:
         touches["offset"], touches["length"] = some["block"].astype(int) * BLOCK, some["length"]
         touches["waited"][0], touches["source"][:2] = 7_250, 1
         second = touches[1]
-        brought = [(4, second["pack"], 0, second["offset"], second["length"], 1, 0, True)]
+        brought = [(4, second["pack"], 0, second["offset"], second["length"], 1, 0, True, True)]
         return Trace(
             self.image.digest, command, "fuse", 1.8e9, True, self.chunks.packs, [(0, "")], [HERE, STORE], touches,
             [RECORDED], np.array(brought, BROUGHT),

@@ -52,7 +52,6 @@ def test_a_mount_at_work(sample, mount_point: Path):
         "daemon", "reads", "engine", "demand", "cache", "TARGET", str(mount_point), "SOURCE", str(sample.store),
     ]  # fmt: skip
     live(sample, b"q")
-    live(sample, b"\x03")
     stopping = sample.process("top", "--interval", "0.2")
     lines = [stopping.stdout.readline() for _ in range(30)]
     assert sum(line.startswith(b"daemon ") for line in lines) >= 2

@@ -86,6 +86,9 @@ class FakeSupervisor:
     def missing(self, key: int, pack: str, offset: int, length: int) -> None:
         self.wanted.append((key, pack, offset, length))
 
+    def touched(self, pack: str, offset: int, length: int, *more: object) -> None:
+        pass
+
     def ahead(self, pack: str, offset: int, length: int) -> None:
         pass
 

@@ -214,3 +214,26 @@ def test_a_start_is_recorded_and_replayed(host: Host, wide: Sample, mount_point:
     assert again is not None
     assert again.runs == 2
     assert np.allclose(again.confidence(), 1)
+
+
+def test_mounts_that_are_gone_count_on(tmp_path: Path) -> None:
+    made = recorder.Recorder(tmp_path)
+    for number in range(3):
+        made.begin(str(number), ["aa"], {"name": "web"}, record=False)
+        made.touched("aa", 0, 100, 0)
+        made.touched("aa", 100, 50, 0, number)
+        made.answered(number)
+        made.end(str(number))
+    made.begin("untouched", ["aa"], {"name": "idle"}, record=False)
+    made.end("untouched")
+    counted = made.unmounted()
+    assert list(counted) == ["web"]
+    assert counted["web"].pop("waited") > 0
+    assert counted["web"] == {"touches": 6, "touched_bytes": 450, "misses": 3, "missed_bytes": 150}
+    for number in range(1100):
+        made.begin("a", ["aa"], {"name": f"image {number}"}, record=False)
+        made.touched("aa", 0, 100, 0)
+        made.end("a")
+    assert len(counted) == 1001
+    assert sum(total["touches"] for total in counted.values()) == 1106
+    assert counted[""]["touches"] == 101

@@ -274,3 +274,18 @@ def test_the_ledger(tmp_path_factory, steps, limit):
                     rooms[who].reserve(size)
             assert used <= limit
             assert int.from_bytes((layout.root / "ledger").read_bytes()[16:], "little") == used
+
+
+def test_what_is_used_is_known_with_and_without_a_limit(images, tmp_path):
+    """Counted where there is no limit, as the ledger has it where there is one."""
+    (image,) = images(3)
+    cache = HostCache(tmp_path / "root")
+    cache.add(image)
+    before = cache.room.used()
+    bring(cache, image, [0, 1])
+    assert cache.room.used() >= before + 2 * FRAME
+    limited = HostCache(tmp_path / "root", max_bytes=1 << 30)
+    with limited.filling():
+        assert limited.room.used() == limited.layout.allocated()
+    limited.room.reserve(12345)
+    assert limited.room.used() == limited.layout.allocated() + 12345

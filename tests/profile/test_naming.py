@@ -50,6 +50,15 @@ def test_an_exact_command_is_taken_first():
     assert best(profiles, "") is None
 
 
+def test_a_run_comes_before_a_guess():
+    guessed, alike = profile_of([], command="serve 1", runs=0), profile_of([], command="serve 2")
+    exact = profile_of([], command="serve 1")
+    assert best([guessed], "serve 1") is guessed
+    assert best([guessed], "serve 3") is None
+    assert best([guessed, alike], "serve 1") is alike
+    assert best([alike, exact], "serve 1") is exact
+
+
 @pytest.mark.parametrize(
     ("known", "wanted"),
     [

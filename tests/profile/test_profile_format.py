@@ -45,7 +45,7 @@ def rows_of(dtype: np.dtype, limits: dict[str, int]) -> st.SearchStrategy[np.nda
         for name, limit in limits.items():
             table[name] %= limit
         if "used" in (dtype.names or ()):
-            table["used"] = table["at"] % 2
+            table["used"] = table["judged"] = table["at"] % 2
         return table
 
     return st.builds(rows, st.integers(0, 1 << 32), st.integers(0, 30))
@@ -91,7 +91,7 @@ def a_row(**values: object) -> bytes:
     return row.tobytes()
 
 
-P = formats._MAGIC
+P = formats.MAGIC
 BAD_PROFILES = [
     b"",
     P,

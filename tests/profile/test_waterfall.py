@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 import stat
 import struct
+import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +78,9 @@ def run() -> Trace:
             (70, 0, 0, 60 * BLOCK, BLOCK, 0, 0),
         ],
         [
-            (20, 0, 1, 8 * BLOCK, 4 * BLOCK, 2, 0, True),
-            (60, 0, 3, 24 * BLOCK, 4 * BLOCK, 2, 1, True),
-            (90, 1, 0, 6 * BLOCK, 9 * BLOCK, 2, 1, False),
+            (20, 0, 1, 8 * BLOCK, 4 * BLOCK, 2, 0, True, True),
+            (60, 0, 3, 24 * BLOCK, 4 * BLOCK, 2, 1, True, True),
+            (90, 1, 0, 6 * BLOCK, 9 * BLOCK, 2, 1, False, True),
         ],
     )
 
@@ -164,7 +167,9 @@ def traces(draw) -> Trace:
     pack, source = st.integers(0, len(packs) - 1), st.integers(0, len(sources) - 1)
     reason = st.integers(0, len(reasons) - 1)
     touches = draw(st.lists(st.tuples(u4, u4, pack, offsets, u4, st.just(0), source), max_size=30))
-    brought = draw(st.lists(st.tuples(u4, pack, u4, offsets, u4, source, reason, st.booleans()), max_size=30))
+    brought = draw(
+        st.lists(st.tuples(u4, pack, u4, offsets, u4, source, reason, st.booleans(), st.booleans()), max_size=30)
+    )
     return trace_of(
         touches, brought, packs=packs, sources=sources, reasons=reasons, command=draw(words), plane=draw(words),
         started=draw(st.floats()), complete=draw(st.booleans()),
@@ -264,6 +269,13 @@ def test_names_are_text(run, chunks):
     assert any("script-src 'sha256-" in (value or "") for name, value in page.attributes if name == "content")
 
 
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+def test_the_script_is_well_formed():
+    script = resources.files("erofsgen.profile").joinpath("page.js")
+    checked = subprocess.run(["node", "--check", str(script)], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_several_runs_share_an_axis(run, chunks, tmp_path):
     one, three = tmp_path / "one.png", tmp_path / "three.png"
     later = trace_of([(900, 0, 0, 0, 10, 0, 0)])
@@ -311,7 +323,7 @@ def test_ten_thousand_touches(tmp_path):
     rows = [(n // 4, int(w), 0, n * BLOCK, BLOCK, 0, 2) for n, w in enumerate(generator.integers(0, 900, 12_000))]
     picture = of_trace(decode(trace_of(rows, packs=PACKS[:1]).encode(), "it"), chunks, title="x", limit=html.LIMIT)
     assert len(picture.rows) == html.LIMIT
-    assert picture.files == 4000
+    assert sum(row.files for row in picture.rows) == 4000
     page = checked(html.page(picture), html.LIMIT)
     assert sum(len(marks) for marks in json.loads(page.of("script")[0])["marks"]) == 12_000
 

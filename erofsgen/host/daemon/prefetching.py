@@ -234,7 +234,7 @@ class Prefetching:
             arrivals = dict(self._arrivals)
         steps = started.replay.asked if started is not None and started.replay is not None else []
         trace = recordings.trace_of(recording, tocs, arrivals, {(step.pack, step.frame): step.reason for step in steps})
-        self._judge(trace, set(header.unobserved))
+        self._judge(trace)
         if not len(trace.touches):
             return None
         self._profiles.put_trace(trace)
@@ -265,7 +265,7 @@ class Prefetching:
                 found[pack.hex] = self._worker.cache.toc(pack)
         return found
 
-    def _judge(self, trace: Trace, unobserved: set[str]) -> None:
+    def _judge(self, trace: Trace) -> None:
         """Count what of a mount's prefetch was of use, as far as anybody could see."""
         with self._lock:
             for row in trace.brought:
@@ -275,8 +275,7 @@ class Prefetching:
                 judged.bytes += size
                 judged.used_frames += used
                 judged.used_bytes += used * size
-                if used or (trace.packs[row["pack"]] not in unobserved and trace.plane != "fscache"):
-                    judged.judged_bytes += size
+                judged.judged_bytes += bool(row["judged"]) * size
 
     # --- for the user ------------------------------------------------------------------------------------------------
 

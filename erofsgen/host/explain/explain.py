@@ -146,7 +146,7 @@ class _Explainer:
                 sharing.look_in_cache(found.cache)
             for store in found.stores:
                 sharing.look_in(store)
-        also = [] if node.nid not in subject.nids else [name for name, _ in users(index, by_pack, but=subject.nids)]
+        also = users(index, by_pack, but=subject.nids) if node.nid in subject.nids else []
         all_mounts = mounts(self._root) if found.cache is not None else []
         return facts.Explanation(
             image=found.name,

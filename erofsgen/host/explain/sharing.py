@@ -44,20 +44,29 @@ def open_index(image: CachedImage) -> Index:
         raise StorageError(f"{image.index}: {reason}", hint="run `erofsgen pull` again") from error
 
 
-def users(index: Index, chunks: Chunks, *, but: Collection[int] = ()) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
-    """Files of an image that use any of ``chunks``: path, and keys of those it uses. Inodes ``but`` are passed over."""
+def users(index: Index, chunks: Chunks, *, but: Collection[int] = ()) -> list[bytes]:
+    """The files of an image that use any of ``chunks``. Inodes ``but`` are passed over."""
     wanted = _keys(index, chunks)
+    found = list(_tables(index, wanted, but))
+    if not found:
+        return []
+    owners = np.repeat(np.arange(len(found)), [len(keys) for _, keys in found])
+    hits = np.isin(np.concatenate([keys for _, keys in found]), wanted)
+    return [found[number][0] for number in np.unique(owners[hits]).tolist()]
+
+
+def _tables(
+    index: Index, wanted: npt.NDArray[np.int64], but: Collection[int] = ()
+) -> Iterator[tuple[bytes, npt.NDArray[np.int64]]]:
+    """The chunk tables of all files, as keys; none where none of ``wanted`` can be in them."""
     if not len(wanted) or not _may_have(index, wanted):
         return
     seen = set(but)
     for path, node in index.walk():
-        if node.nid in seen or not node.table_size:
-            continue
-        seen.add(node.nid)
-        _, end = node.span
-        found = _intersection(np.frombuffer(index.buffer[end - node.table_size : end], CHUNK_INDEX_DTYPE), wanted)
-        if len(found):
-            yield path, found
+        if node.nid not in seen and node.table_size:
+            seen.add(node.nid)
+            _, end = node.span
+            yield path, _as_keys(np.frombuffer(index.buffer[end - node.table_size : end], CHUNK_INDEX_DTYPE))
 
 
 def _keys(index: Index, chunks: Chunks) -> npt.NDArray[np.int64]:
@@ -70,8 +79,9 @@ def _keys(index: Index, chunks: Chunks) -> npt.NDArray[np.int64]:
     return np.concatenate(keys) if keys else np.zeros(0, np.int64)
 
 
-def _intersection(table: npt.NDArray[np.void], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.intersect1d(table["device_id"].astype(np.int64) << 32 | table["startblk_lo"], wanted)
+def _as_keys(table: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    keys: npt.NDArray[np.int64] = table["device_id"].astype(np.int64) << 32 | table["startblk_lo"]
+    return keys
 
 
 def _may_have(index: Index, wanted: npt.NDArray[np.int64]) -> bool:
@@ -80,10 +90,8 @@ def _may_have(index: Index, wanted: npt.NDArray[np.int64]) -> bool:
     That takes milliseconds, and walking all files of an image may take seconds.
     """
     size = len(index.buffer) // CHUNK_INDEX_DTYPE.itemsize * CHUNK_INDEX_DTYPE.itemsize
-    return any(
-        len(_intersection(np.frombuffer(index.buffer[at : min(size, at + _SCAN)], CHUNK_INDEX_DTYPE), wanted))
-        for at in range(0, size, _SCAN)
-    )
+    pieces = (index.buffer[at : min(size, at + _SCAN)] for at in range(0, size, _SCAN))
+    return any(bool(np.isin(_as_keys(np.frombuffer(piece, CHUNK_INDEX_DTYPE)), wanted).any()) for piece in pieces)
 
 
 class Sharing:
@@ -159,7 +167,8 @@ class Sharing:
 
 def _used(index: Index, chunks: Chunks) -> Used:
     """Those of ``chunks`` that an image uses."""
-    keys = [found for _, found in users(index, chunks)]
-    all_keys = np.unique(np.concatenate(keys)) if keys else np.zeros(0, np.int64)
-    slots = all_keys >> 32
-    return {index.devices[slot - 1].tag: all_keys[slots == slot] & _BLOCK for slot in np.unique(slots).tolist()}
+    wanted = _keys(index, chunks)
+    tables = [keys for _, keys in _tables(index, wanted)]
+    used = np.intersect1d(np.concatenate(tables), wanted) if tables else np.zeros(0, np.int64)
+    slots = used >> 32
+    return {index.devices[slot - 1].tag: used[slots == slot] & _BLOCK for slot in np.unique(slots).tolist()}

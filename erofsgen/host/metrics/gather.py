@@ -91,8 +91,9 @@ class Gatherer:
             )
 
     def _label(self, image: str) -> str:
+        """The label of an image, in which those share one that came late, or have no name."""
         if image not in self._known:
-            if len(self._known) >= _LABELS:
+            if not image or len(self._known) >= _LABELS:
                 return OTHER
             self._known.add(image)
         return image

@@ -133,8 +133,11 @@ def trace_of(
                 _number(sources, arrival.source),
                 _number(reasons, reason),
                 (pack, frame) in touched,
+                False,
             ))  # fmt: skip
     rows = np.array(brought, BROUGHT)
+    hidden = [header.packs.index(pack) for pack in header.unobserved if pack in header.packs]
+    rows["judged"] = rows["used"] | ~(np.isin(rows["pack"], hidden) | (header.plane == "fscache"))
     return Trace(
         image=header.image,
         command=header.command,

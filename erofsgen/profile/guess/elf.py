@@ -31,6 +31,8 @@ DT_RPATH: Final = 15
 DT_REL: Final = 17
 DT_RELSZ: Final = 18
 DT_JMPREL: Final = 23
+DT_INIT_ARRAY: Final = 25
+DT_INIT_ARRAYSZ: Final = 27
 DT_RUNPATH: Final = 29
 DT_RELRSZ: Final = 35
 DT_RELR: Final = 36
@@ -98,6 +100,13 @@ class Elf:
                 return address - segment.address + segment.offset
         return None
 
+    def address_of(self, offset: int) -> int | None:
+        """At which address the byte at ``offset`` of the file is loaded."""
+        for segment in self.segments:
+            if segment.kind == PT_LOAD and segment.offset <= offset < segment.offset + segment.length:
+                return offset - segment.offset + segment.address
+        return None
+
     def read_dynamic(self, data: bytes) -> None:
         """Take in the dynamic section's bytes."""
         entry = struct.Struct(self.order + ("QQ" if self.wide else "II"))
@@ -110,10 +119,10 @@ class Elf:
             else:
                 self.tags.setdefault(tag, value)
 
-    def strings(self) -> Span | None:
-        """The string table."""
-        start = self.offset_of(self.tags.get(DT_STRTAB, 0))
-        return None if start is None or DT_STRTAB not in self.tags else Span(start, self.tags.get(DT_STRSZ, 0))
+    def table(self, start: int, size: int) -> Span | None:
+        """The table whose address and size stand under these tags."""
+        offset = self.offset_of(self.tags[start]) if start in self.tags and size in self.tags else None
+        return None if offset is None else Span(offset, self.tags[size])
 
     def tables(self) -> list[Span]:
         """What the loader reads to relocate and to find symbols, as far as it is known where it ends: a table without

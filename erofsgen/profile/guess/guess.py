@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from erofsgen.erofs.node import Extent
 from erofsgen.erofs.reader import Index
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.guess import weights
 from erofsgen.profile.guess.command import Command
 from erofsgen.profile.guess.entry import Entry, Run
+from erofsgen.profile.guess.elf import Span
 from erofsgen.profile.guess.imports import Module
 from erofsgen.profile.guess.libraries import CACHE, Libraries, Object
+from erofsgen.profile.guess.loading import merged
 from erofsgen.profile.guess.rounds import Read, Rounds
 from erofsgen.profile.guess.stacks import known
 from erofsgen.profile.guess.tree import File, Tree
@@ -108,7 +113,13 @@ class _Result:
         name = found.file.path.rpartition(b"/")[2]
         if name.startswith((b"ld-", b"ld.", b"ld64", b"libc.so", b"libc-")):
             reason = "loader"
-        for span in found.spans:
+        # whole chunks, since nothing less is brought
+        chunk, size = found.file.node.chunk_size or 1, found.file.node.size
+        whole = [
+            Span(start - start % chunk, length + start % chunk + -(start + length) % chunk)
+            for start, length in found.spans
+        ]
+        for span in merged(whole, size):
             self._add(reason, found.file.path, span.offset, span.length)
 
     def _files(self, reason: str, paths: Iterable[bytes]) -> None:
@@ -175,18 +186,27 @@ def guessed_profile(guesses: Sequence[Guess], chunks: Chunks, packs: Sequence[st
     it. ``packs``: the image's, SHA-256 in hex, in the order of its devices. ``first`` counts up in the expected order.
     """
     tree = Tree(chunks.index)
-    order: dict[int, int] = {}
+    extents: dict[bytes, list[Extent]] = {}
+    ranges: list[tuple[int, int, int, int]] = []
     for number, (_, path, offset, length) in enumerate(guesses):
-        file = tree.file(path)
-        for start, size, device, place in file.node.extents() if file else ():
+        if path not in extents:
+            file = tree.file(path)
+            extents[path] = file.node.extents() if file else []
+        of_file = extents[path]
+        for start, size, device, place in of_file[bisect_right(of_file, offset, key=itemgetter(0)) - 1 :]:
             begin, end = max(start, offset), min(start + size, offset + length)
+            if start >= offset + length:
+                break
             if device and begin < end:
-                for chunk in chunks.touched(device, place + begin - start, end - begin):
-                    order.setdefault(chunk, number)
-    found = chunks.table[list(order)]
-    rows = np.zeros(len(found), ROW)
-    rows["pack"] = found["device"] - 1
-    rows["block"], rows["length"] = found["block"], found["length"]
-    rows["first"] = np.arange(len(found))
-    rows["reason"] = [REASONS.index(guesses[number].reason) for number in order.values()]
+                ranges.append((device, place + begin - start, end - begin, number))
+    device, begin, size, number = np.array(ranges, np.int64).reshape(-1, 4).T
+    found, which = chunks.touched_many(device, begin, size)
+    # the first guess that names a chunk has it
+    order = np.sort(np.unique(found, return_index=True)[1])
+    rows = np.zeros(len(order), ROW)
+    table = chunks.table[found[order]]
+    rows["pack"], rows["block"], rows["length"] = table["device"] - 1, table["block"], table["length"]
+    rows["first"] = np.arange(len(order))
+    reasons = np.array([REASONS.index(guess.reason) for guess in guesses], np.uint8)
+    rows["reason"] = reasons[number[which[order]]]
     return Profile(command_name, 0, list(packs), list(REASONS), rows)

@@ -221,7 +221,7 @@ class Imports:
 
     def _take_compiled(self, module: Module, data: bytes) -> None:
         """Cython's modules import others of theirs whose names are strings in them."""
-        if b"__pyx_capi__" not in data:
+        if b"_cython_" not in data:
             return
         for found in islice(_DOTTED.finditer(data), _TEXTS_MAX):
             name = found[1].decode()

@@ -14,8 +14,23 @@ from typing import Final
 
 from erofsgen.errors import FormatError
 from erofsgen.profile.guess import elf as format_
-from erofsgen.profile.guess.elf import DT_NEEDED, DT_RPATH, DT_RUNPATH, PT_DYNAMIC, PT_INTERP, Elf, Span
-from erofsgen.profile.guess.loading import WHOLE, touched
+from erofsgen.profile.guess.constructors import called, code_at, constructors, executable, pointers
+from erofsgen.profile.guess.elf import (
+    DT_INIT_ARRAY,
+    DT_INIT_ARRAYSZ,
+    DT_NEEDED,
+    DT_RELA,
+    DT_RELASZ,
+    DT_RPATH,
+    DT_RUNPATH,
+    DT_STRSZ,
+    DT_STRTAB,
+    PT_DYNAMIC,
+    PT_INTERP,
+    Elf,
+    Span,
+)
+from erofsgen.profile.guess.loading import WHOLE, covers, merged, touched
 from erofsgen.profile.guess.rounds import Rounds
 from erofsgen.profile.guess.tree import File, Tree, join
 
@@ -31,6 +46,10 @@ _HEAD: Final = 1 << 20
 """A file up to this size is one chunk: reading less of it saves nothing."""
 _STRINGS_MAX: Final = 64 << 10
 _DYNAMIC_MAX: Final = 64 << 10
+_RELOCATIONS_MAX: Final = 64 << 20
+_ARRAY_MAX: Final = 1 << 20
+_CODE_MAX: Final = 16 << 20
+"""Constructors' code that is read for what it calls."""
 
 _MULTIARCH: Final = {
     62: b"x86_64",
@@ -108,6 +127,8 @@ class Libraries:
             return
         elf.read_dynamic(await self._part(file, head, Span(dynamic.offset, min(dynamic.length, _DYNAMIC_MAX))) or b"")
         found.spans = touched(elf, size, runs=runs)
+        if any(not covers(found.spans, segment.span, size) for segment in executable(elf)):
+            found.spans = merged([*found.spans, *await self._constructors(file, head, elf)], size)
         names = await self._names(file, head, elf)
         origin = b"/" + path.strip(b"/").rpartition(b"/")[0]
         rpath = [] if DT_RUNPATH in names else list(_directories(names.get(DT_RPATH, []), origin))
@@ -121,6 +142,25 @@ class Libraries:
                 found.libraries.append(place)
                 self._start(place, below)
 
+    async def _constructors(self, file: File, head: bytes, elf: Elf) -> list[Span]:
+        """Where the code lies that runs while a file is loaded of whose code only that is wanted."""
+        table, array = elf.table(DT_RELA, DT_RELASZ), elf.table(DT_INIT_ARRAY, DT_INIT_ARRAYSZ)
+        if array is None or array.length > _ARRAY_MAX:
+            return []
+        relocations = b""
+        if table and table.length <= _RELOCATIONS_MAX:
+            relocations = await self._part(file, head, table) or b""
+        found = constructors(elf, relocations)
+        if not len(found):
+            found = pointers(elf, await self._part(file, head, array) or b"")
+        spans = code_at(elf, found)
+        more: list[Span] = []
+        if sum(span.length for span in spans) <= _CODE_MAX:
+            codes = await self._rounds.fetch_all(file.node, spans)
+            for span, code in zip(spans, codes, strict=True):
+                more += code_at(elf, called(elf, code or b"", elf.address_of(span.offset) or 0), reach=1)
+        return [*spans, *more]
+
     async def _part(self, file: File, head: bytes, span: Span) -> bytes | None:
         """Bytes of a file whose first ones are here."""
         if span.end <= len(head):
@@ -129,7 +169,7 @@ class Libraries:
 
     async def _names(self, file: File, head: bytes, elf: Elf) -> dict[int, list[bytes]]:
         """The names that the dynamic section gives, by tag."""
-        strings = elf.strings()
+        strings = elf.table(DT_STRTAB, DT_STRSZ)
         places = [place for listed in elf.names.values() for place in listed]
         if strings is None or not places:
             return {}

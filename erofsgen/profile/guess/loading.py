@@ -37,6 +37,12 @@ def touched(elf: Elf, size: int, *, runs: bool) -> list[Span]:
     return merged(spans, size)
 
 
+def covers(spans: list[Span], span: Span, size: int) -> bool:
+    """Whether merged ``spans`` hold all of ``span`` that is in a file of ``size`` bytes."""
+    end = min(span.end, size)
+    return span.offset >= end or any(each.offset <= span.offset and end <= each.end for each in spans)
+
+
 def merged(spans: list[Span], size: int) -> list[Span]:
     """The same bytes, in order, none twice and none behind ``size``."""
     result: list[Span] = []

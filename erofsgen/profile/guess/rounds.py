@@ -33,10 +33,10 @@ TASKS: Final = 100_000
 
 
 class _Fetch:
-    def __init__(self, piece: Piece) -> None:
-        self.piece = piece
+    def __init__(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
 
-    def __await__(self) -> Generator[_Fetch, bytes | None, bytes | None]:
+    def __await__(self) -> Generator[_Fetch, list[bytes | None], list[bytes | None]]:
         return (yield self)
 
 
@@ -49,11 +49,9 @@ class Rounds:
     def __init__(self, read: Read, *, limit: int) -> None:
         self._read = read
         self._left = limit
-        self._ready: deque[tuple[Task, bytes | None]] = deque()
-        self._waiting: deque[tuple[Task, Piece]] = deque()
+        self._ready: deque[tuple[Task, list[bytes | None]]] = deque()
+        self._waiting: deque[tuple[Task, list[Piece]]] = deque()
         self._tasks = 0
-        self.count = 0
-        """Calls of ``read`` so far."""
 
     def start(self, task: Task) -> None:
         """Have a task run by :meth:`run`. Errors raised on purpose end it silently: its file is not what it claims."""
@@ -61,20 +59,31 @@ class Rounds:
         if self._tasks > TASKS:
             task.close()
         else:
-            self._ready.append((task, None))
+            self._ready.append((task, []))
 
     async def fetch(self, node: Node, offset: int = 0, length: int | None = None) -> bytes | None:
         """Bytes of a regular file, fewer where it ends before; None where they could not be had."""
-        length = max(min(node.size - offset, node.size if length is None else length), 0)
-        if not length:
-            return b""
+        return (await self.fetch_all(node, [(offset, node.size if length is None else length)]))[0]
+
+    async def fetch_all(self, node: Node, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """:meth:`fetch` for several (offset, length) of one file, in one round."""
         inline = node.inline()
-        if inline is not None:
-            return inline[offset : offset + length]
-        if length > self._left:
-            return None
-        self._left -= length
-        return await _Fetch(Piece(node, offset, length))
+        pieces: list[Piece] = []
+        found: list[bytes | None] = []
+        missing: list[int] = []
+        for number, (offset, length) in enumerate(ranges):
+            length = max(min(length, node.size - offset), 0)
+            if not length or inline is not None:
+                found.append((inline or b"")[offset : offset + length])
+                continue
+            found.append(None)
+            if offset >= 0 and length <= self._left:
+                self._left -= length
+                pieces.append(Piece(node, offset, length))
+                missing.append(number)
+        for number, data in zip(missing, await _Fetch(pieces) if pieces else [], strict=True):
+            found[number] = data
+        return found
 
     def run(self) -> None:
         """Run all tasks to their ends. Raises what ``read`` raises."""
@@ -83,20 +92,23 @@ class Rounds:
                 self._step(*self._ready.popleft())
             self._round()
 
-    def _step(self, task: Task, value: bytes | None) -> None:
+    def _step(self, task: Task, value: list[bytes | None]) -> None:
         try:
-            fetch = task.send(value)
+            fetch = task.send(value or None)
         except (StopIteration, ErofsgenError):
             return
-        self._waiting.append((task, fetch.piece))
+        self._waiting.append((task, fetch.pieces))
 
     def _round(self) -> None:
-        batch: list[tuple[Task, Piece]] = []
+        batch: list[tuple[Task, list[Piece]]] = []
         size = 0
-        while self._waiting and (not batch or size + self._waiting[0][1].length <= BATCH):
+        while self._waiting and (not batch or size + _size(self._waiting[0][1]) <= BATCH):
             batch.append(self._waiting.popleft())
-            size += batch[-1][1].length
+            size += _size(batch[-1][1])
         if batch:
-            self.count += 1
-            found = self._read([piece for _, piece in batch])
-            self._ready.extend((task, data) for (task, _), data in zip(batch, found, strict=True))
+            found = iter(self._read([piece for _, pieces in batch for piece in pieces]))
+            self._ready.extend((task, [next(found) for _ in pieces]) for task, pieces in batch)
+
+
+def _size(pieces: Sequence[Piece]) -> int:
+    return sum(piece.length for piece in pieces)

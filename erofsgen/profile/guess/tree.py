@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import stat
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from erofsgen.erofs.node import Node
 from erofsgen.erofs.reader import Index
 from erofsgen.errors import ErofsgenError
 from erofsgen.store.paths import resolve
+
+_ODD: Final = (b"", b".", b"..")
+_DEPTH: Final = 100
+"""Directories on the way to one that is looked up step by step; deeper ones are found all the same."""
 
 
 class File(NamedTuple):
@@ -44,14 +48,26 @@ class Tree:
 
     def _find_directory(self, path: bytes) -> Directory | None:
         try:
+            if not path:
+                return self._listed(b"", self._index.root)
+            above, _, name = path.rpartition(b"/")
+            directory = self.directory(above) if name not in _ODD and path.count(b"/") < _DEPTH else None
+            nid = directory.names.get(name) if directory else None
+            if directory is not None:
+                if nid is None:
+                    return None
+                real, node = join(directory.path, name), self._index.node(nid)
+                if stat.S_ISDIR(node.mode) and real == path:
+                    return self._listed(path, node)
             real, node = resolve(self._index, path)
             if not stat.S_ISDIR(node.mode):
                 return None
-            if real != path:
-                return self.directory(real)
-            return Directory(real, {name: nid for name, nid, _ in node.listdir()})
+            return self._listed(path, node) if real == path else self.directory(real)
         except ErofsgenError:
             return None
+
+    def _listed(self, path: bytes, node: Node) -> Directory:
+        return Directory(path, {name: nid for name, nid, _ in node.listdir()})
 
     def file(self, path: bytes) -> File | None:
         """The regular file that ``path`` leads to, None if none."""
