@@ -38,9 +38,9 @@ _DOTTED: Final = re.compile(rb"\0((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*)(?=\0)")
 
 @dataclass
 class Module:
-    """``place``: where it was found, links not resolved; ``files``: what is read of it, in order; ``search``: where a package's modules are; ``below``: what it imports,
-    in order; ``more``: what the table of stacks says that it imports besides; ``texts``: the strings in it, of
-    entrypoints."""
+    """``place``: where it was found, links not resolved; ``files``: what is read of it, in order; ``search``: where a
+    package's modules are; ``below``: what it imports, in order; ``more``: what the table of stacks says that it imports
+    besides; ``texts``: the strings in it, of entrypoints."""
 
     name: str
     place: bytes = b""
