@@ -69,3 +69,17 @@ def inode(content: bytes | str, places: list[tuple[int, int]]) -> Inode:
         places.append((1, places[-1][1] + CHUNK // BLOCK))
     made.chunks = tuple(numbers)
     return made
+
+
+PROGRAM = b"\x7fELF\x02\x01\x01" + bytes(193)
+"""A program that loads nothing."""
+
+
+def python(library: str = "usr/lib/python3.11", program: str = "usr/bin/python3.11") -> dict[str, bytes | str]:
+    """The files of a Python that has next to no library."""
+    above = program.rpartition("/")[0]
+    modules = ["os", "encodings/__init__", "encodings/aliases", "encodings/utf_8", "json/__init__", "json/decoder"]
+    files: dict[str, bytes | str] = {f"{library}/{name}.py": b"# %s\n" % name.encode() for name in modules}
+    files[f"{library}/json/__init__.py"] = b"from .decoder import JSONDecoder\n"
+    files[f"{library}/lib-dynload/_fast.cpython-311-x86_64-linux-gnu.so"] = PROGRAM
+    return {**files, program: PROGRAM, f"{above}/python3": program.rpartition("/")[2]}

@@ -111,8 +111,7 @@ class Entry:
 
     async def _script(self, command: Command, program: bytes, file: File, head: bytes, depth: int) -> None:
         line = head[2:].split(b"\n", 1)[0].strip().decode("utf-8", "surrogateescape")
-        interpreter, *argument = line.split(None, 1)
-        argv = (interpreter, *argument, "/" + program.decode("utf-8", "surrogateescape"), *command.argv[1:])
+        argv = (*line.split(None, 1), "/" + program.decode("utf-8", "surrogateescape"), *command.argv[1:])
         self.steps.order.append(file)
         await self._follow(Command(argv, command.env, command.cwd), depth + 1)
 

@@ -224,7 +224,7 @@ class Imports:
         for text in module.texts:
             meant = self.start_object(text)
             if meant:
-                module.below.append(meant)
+                module.below += self._import(meant)
 
     def _take_compiled(self, module: Module, data: bytes) -> None:
         """Cython's modules import others of theirs whose names are strings in them."""
@@ -241,7 +241,7 @@ class Imports:
     def walk(self, names: Iterable[str], reason: str, seen: set[str]) -> Iterator[tuple[str, Module]]:
         """(reason, module) of everything that importing ``names`` imports, in the order in which it is read: what only
         the table of stacks names has the reason ``stacks``. What is ``seen`` is left out, and what comes is added."""
-        waiting = [(name, reason) for name in names][::-1]
+        waiting = [(above, reason) for name in names for above in _packages(name)][::-1]
         while waiting:
             name, why = waiting.pop()
             module = self._modules.get(name)
@@ -280,6 +280,12 @@ class Imports:
                 file = self._tree.file(place)
                 if file:
                     yield file
+
+
+def _packages(name: str) -> list[str]:
+    """The module's packages and itself."""
+    parts = name.split(".") if not name.startswith("<") else [name]
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def absolute(module: Module, request: Request) -> str | None:
