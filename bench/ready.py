@@ -42,6 +42,7 @@ from statistics import median
 import clients
 import hostkit
 import numpy as np
+import numpy.typing as npt
 from containerd import PROGRAMS, Containerd
 from containers import CONTAINERS, PORT, Container
 from hostkit import EROFSGEN, MIB, EmptyHost, alternate, drop_caches, paired
@@ -76,13 +77,15 @@ _NOTED = 30.0
 @dataclass(frozen=True)
 class Start:
     """A start: seconds to ready, bytes that came over the network meanwhile, reads that had to wait and the seconds
-    of all of them together, bytes that were prefetched and of these the ones that nobody used."""
+    of all of them together, bytes that were prefetched, of these the ones whose use could be seen (reads of a complete
+    pack are the kernel's alone), and of these the ones that nobody used."""
 
     seconds: float
     fetched: int
     misses: int = 0
     waited: float = 0.0
     prefetched: int = 0
+    judged: int = 0
     unused: int = 0
     trace: Trace | None = None
 
@@ -264,7 +267,7 @@ class ReadyBench(Bench):
         say(
             f"{prepared.name}, {latency} ms, {way}: {start.seconds:.2f} s, {start.fetched / MIB:.1f} MiB fetched, "
             f"{start.misses} reads waited {start.waited:.2f} s, {start.prefetched / MIB:.1f} MiB prefetched, "
-            f"{start.unused / MIB:.1f} of it not used"
+            f"{start.unused / MIB:.1f} of {start.judged / MIB:.1f} not used"
         )
         return start
 
@@ -291,17 +294,18 @@ class ReadyBench(Bench):
             since = time.time()
             seconds = self.start(container, lambda port: self.lazily(store, host.root, name, container, port, *options))
             fetched = host.engine()["bytes_fetched"]
-            trace = None if way in (PACKS, LOCAL) else self.trace(host, name, container, since)
-        if trace is None:
-            return Start(seconds, fetched)
+            if way in (PACKS, LOCAL):
+                return Start(seconds, fetched)
+            trace = self.trace(host, name, container, since)
         waited, brought = trace.touches["waited"], trace.brought
         return Start(
             seconds,
             fetched,
             misses=int((waited > 0).sum()),
             waited=int(waited.sum(dtype=np.int64)) / 1e6,
-            prefetched=int(brought["length"].sum(dtype=np.int64)),
-            unused=int(brought["length"][brought["judged"] & ~brought["used"]].sum(dtype=np.int64)),
+            prefetched=total(brought),
+            judged=total(brought[brought["judged"]]),
+            unused=total(brought[brought["judged"] & ~brought["used"]]),
             trace=trace,
         )
 
@@ -323,6 +327,11 @@ class ReadyBench(Bench):
         # imports all that is needed to find an image, and finds none
         command = [EROFSGEN, "--store", self.store_url(), "--root", self.work / "none", "run", "none"]
         subprocess.run(command, check=False, capture_output=True, env=self._environment)
+
+
+def total(rows: npt.NDArray[np.void]) -> int:
+    """Bytes of a trace's rows."""
+    return int(rows["length"].sum(dtype=np.int64))
 
 
 def wait_for_answer(process: subprocess.Popen[bytes], port: int) -> None:
@@ -386,8 +395,8 @@ def judge(bench: ReadyBench, name: str, found: dict[str, list[Start]]) -> None:
         closed = median((nothing - guessed) / (nothing - recorded) for nothing, guessed, recorded in rounds)
         bench.goal(f"{what}: what heuristics win / what a profile wins", closed, 0.5, at_least=True)
     if PROFILE in found:
-        brought = sum(start.prefetched for start in found[PROFILE])
-        unused = sum(start.unused for start in found[PROFILE]) / brought if brought else None
+        judged = sum(start.judged for start in found[PROFILE])
+        unused = sum(start.unused for start in found[PROFILE]) / judged if judged else None
         bench.goal(f"{what}: prefetched with a profile and not used", unused, 0.1)
 
 
@@ -411,7 +420,8 @@ def draw(bench: ReadyBench, prepared: Prepared, found: dict[str, list[Start]], p
 def new_table(container: Container) -> Table:
     """A table of the container's starts, medians of the rounds."""
     columns = (
-        "latency", "way", "rounds", "median s", "min - max", "MiB fetched", "waits", "waited s", "MiB ahead", "unused",
+        "latency", "way", "rounds", "median s", "min - max", "MiB fetched", "waits", "waited s",
+        "MiB ahead", "judged", "unused",
     )  # fmt: skip
     table = Table(*columns, title=f"{container.name}: seconds to ready")
     for column in (table.columns[0], *table.columns[2:]):
@@ -421,7 +431,7 @@ def new_table(container: Container) -> Table:
 
 def add_row(table: Table, latency: int, way: str, found: Sequence[Start], *, last: bool) -> None:
     seconds = [start.seconds for start in found]
-    ahead = sum(start.prefetched for start in found)
+    judged = sum(start.judged for start in found)
     table.add_row(
         f"{latency} ms",
         way,
@@ -431,8 +441,9 @@ def add_row(table: Table, latency: int, way: str, found: Sequence[Start], *, las
         f"{median(start.fetched for start in found) / MIB:.1f}",
         f"{median(start.misses for start in found):.0f}",
         f"{median(start.waited for start in found):.2f}",
-        f"{ahead / len(found) / MIB:.1f}",
-        f"{sum(start.unused for start in found) / ahead:.1%}" if ahead else "-",
+        f"{median(start.prefetched for start in found) / MIB:.1f}",
+        f"{median(start.judged for start in found) / MIB:.1f}",
+        f"{sum(start.unused for start in found) / judged:.1%}" if judged else "-",
         end_section=last,
     )
 

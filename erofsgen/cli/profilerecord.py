@@ -28,7 +28,7 @@ def command(settings: Settings, cmd: tuple[str, ...], name: str | None, push: bo
     from erofsgen.host.profilework import push as push_profiles
     from erofsgen.store.image import Image
 
-    recorded = record(cmd, root=settings.root, name=name)
+    recorded = record(cmd, root=settings.root, store=settings.store, name=name)
     for facts in recorded.recordings:
         if push:
             push_profiles(HostProfiles(settings.root), Image.open(settings.open_store(change=True), facts["image"]))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erofsgen.host.fill.engine import Engine
-from erofsgen.host.prefetch.plan import Step, plan, runs
+from erofsgen.host.prefetch.plan import HOT_PACK, Step, plan, plan_hot, runs
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered
 from erofsgen.store.directory import DirectoryStore
@@ -65,6 +65,11 @@ def test_a_plan_has_each_frame_once_in_the_order_of_first_touch(packs: list[Pack
     assert found == [Step(packs[0].hex, 5, FRAME, RECORDED), Step(packs[1].hex, 0, FRAME, RECORDED)]
     assert [step.frame for step in plan(profile_of(packs, rows, 2), tocs, confidence=0)] == [7, 5, 0]
     assert plan(profile_of(packs, rows, 2), {packs[1].hex: packs[1].toc}, confidence=0.5) == found[1:]
+
+
+def test_a_hot_pack_is_planned_from_its_start(packs: list[Pack]) -> None:
+    pack = packs[0]
+    assert plan_hot(pack.hex, pack.toc, 2 * FRAME + 1) == [Step(pack.hex, frame, FRAME, HOT_PACK) for frame in range(3)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 20)), unique=True))

@@ -45,11 +45,11 @@ class Site:
             self.host.start("--worker=--complete-at", "--worker=2", *more)
             self.started = True
 
-    def mount(self, image, name="mnt"):
+    def mount(self, image, name="mnt", **more):
         if not self.started:
             self.start()
         target = self.place / name
-        self.host.mount(image, target)
+        self.host.mount(image, target, **more)
         self.mounted.append(target)
         return target
 

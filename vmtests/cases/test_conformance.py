@@ -16,7 +16,9 @@ from sites import check_reads, drop_caches
 
 from erofsgen.errors import StorageError
 from erofsgen.host.cache.cache import HostCache
+from erofsgen.host.daemon.client import Client
 from erofsgen.host.linux import process_start
+from erofsgen.host.prefetch.start import Start
 from erofsgen.store.directory import DirectoryStore
 
 case = pytest.mark.case
@@ -112,6 +114,33 @@ def test_unmounting_while_somebody_reads(shared, fresh):
             assert os.pread(file.fileno(), CHUNK, offset) == fresh.files["all"][offset : offset + CHUNK]
     if shared.plane != "eager":
         eventually(shared.idle)
+
+
+@case("profile recorded and replayed")
+def test_a_start_is_recorded_and_replayed(lazy_plane, site, wide):
+    def worker(do, **arguments):
+        client = Client.connect(site.host.root)
+        assert client is not None
+        with client:
+            return client.worker(do, **arguments)
+
+    def start(mounted):
+        for name, offset in (("two", 9 * CHUNK), ("one", 0)):
+            data = wide.files[name][offset : offset + 4096]
+            assert Reader(mounted / name, offset, 4096).get() == data
+
+    mounted = site.mount(wide.image, start=Start(command="serve", mode="none", token="t"))
+    start(mounted)
+    site.unmount(mounted)
+    (recorded,) = worker("take in", token="t")["recordings"]
+    assert (recorded["command"], recorded["runs"]) == ("serve", 1)
+    eventually(site.idle)
+    worker("clear")
+    mounted = site.mount(wide.image, start=Start(command="serve", mode="profile"))
+    eventually(lambda: [facts["state"] for facts in worker("status")["prefetch"]["mounts"].values()] == ["done"])
+    before = site.frames()
+    start(mounted)
+    assert site.frames() == before
 
 
 @case("worker killed")

@@ -31,7 +31,7 @@ from erofsgen.host.fill.sources import describe
 from erofsgen.host.fill.work import Priority, Target
 from erofsgen.host.prefetch import recording as recordings
 from erofsgen.host.prefetch.guessing import Reader, guess_profile
-from erofsgen.host.prefetch.plan import plan
+from erofsgen.host.prefetch.plan import HOT_PACK, plan, plan_hot
 from erofsgen.host.prefetch.recording import Arrival
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.host.profiles import HostProfiles
@@ -147,13 +147,21 @@ class Prefetching:
         image = self._worker.cache.open_image(str(message["image"]))
         self._worker.add_stores(image)
         profile = self._profile(image, message)
-        if profile is None or not len(profile.rows):
+        hot = {pack.hex: pack.hot for pack in image.packs if pack.hot}
+        if profile is not None and len(profile.rows):
+            started.why = "profile" if profile.recorded else "heuristics"
+            packs = [pack for pack in dict.fromkeys(profile.packs) if pack in {pack.hex for pack in image.packs}]
+        elif hot:
+            started.why, packs = HOT_PACK, list(hot)
+        else:
             return
-        started.why = "profile" if profile.recorded else "heuristics"
-        packs = [pack for pack in dict.fromkeys(profile.packs) if pack in {pack.hex for pack in image.packs}]
         with self._targets(packs) as targets:
             tocs = {pack: target.toc for pack, target in targets.items()}
-            steps = plan(profile, tocs, confidence=self._config.confidence)
+            if started.why == HOT_PACK:
+                steps = [step for pack, toc in tocs.items() for step in plan_hot(pack, toc, hot[pack])]
+            else:
+                assert profile is not None
+                steps = plan(profile, tocs, confidence=self._config.confidence)
             budget = Budget(self._config.bytes, self._config.seconds, self._config.bandwidth)
             started.replay = Replay(self._worker.engine, str(message["mount"]), steps, targets.__getitem__, budget)
             started.state = "running"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from erofsgen.pack.toc import Toc
 from erofsgen.profile.profile import Profile
+
+HOT_PACK: Final = "hot pack"
+"""The reason of what every command of an optimized image touches."""
 
 
 class Step(NamedTuple):
@@ -56,6 +59,11 @@ def plan(profile: Profile, tocs: Mapping[str, Toc], *, confidence: float) -> lis
             strict=True,
         )
     ]
+
+
+def plan_hot(pack: str, toc: Toc, size: int) -> list[Step]:
+    """The first ``size`` device bytes of a hot pack, for a command that no profile is known of."""
+    return [Step(pack, frame, int(toc.device_sizes[frame]), HOT_PACK) for frame in toc.frames(0, size)]
 
 
 def runs(steps: Sequence[Step]) -> Iterator[Run]:

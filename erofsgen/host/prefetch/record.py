@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from erofsgen.errors import BusyError, NotFoundError, UsageError
 from erofsgen.host.daemon.client import Client
 from erofsgen.host.prefetch.start import RECORD
+from erofsgen.store.open import absolute
 
 
 class Recorded(NamedTuple):
@@ -22,8 +23,10 @@ class Recorded(NamedTuple):
     recordings: list[dict[str, Any]]
 
 
-def record(command: Sequence[str], *, root: Path, name: str | None = None) -> Recorded:
+def record(command: Sequence[str], *, root: Path, store: str, name: str | None = None) -> Recorded:
     """Run ``command``, which starts containers or mounts of ``root``, and take in what they touched until they ended.
+
+    Unless it says otherwise, it takes images from ``store``.
 
     ``name``: of their profiles, by default each one's command. What the command leaves mounted goes on being recorded.
     Raises NotFoundError (no such program), BusyError (the daemon is gone), UsageError (no name).
@@ -31,7 +34,8 @@ def record(command: Sequence[str], *, root: Path, name: str | None = None) -> Re
     if name is not None and not name.isprintable():
         raise UsageError(f"{name!r} is no name of a profile")
     token = secrets.token_hex(8)
-    environment = {**os.environ, RECORD: token if name is None else f"{token}:{name}"}
+    places = {"EROFSGEN_ROOT": os.fspath(root.absolute()), "EROFSGEN_STORE": absolute(store)}
+    environment = {**os.environ, **places, RECORD: token if name is None else f"{token}:{name}"}
     try:
         process = subprocess.Popen(command, env=environment)
     except OSError as error:

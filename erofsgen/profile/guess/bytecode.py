@@ -21,10 +21,10 @@ from erofsgen.profile.guess.request import Code, Request
 
 
 class _Dialect(NamedTuple):
-    """A version's byte code. ``fields``: signed words before a code object's first object; ``flags``: which is
+    """A version's byte code. ``fields``: signed words before a code object's first object; ``flags``: which of them is
     co_flags; ``objects``: objects before the word co_firstlineno; ``jump``: what POP_JUMP_IF_FALSE counts, bytes or
-    instructions from the beginning, or forward from behind its caches; ``shift``: bits of LOAD_ATTR's argument below its
-    name's number."""
+    units from the beginning, or units forward from behind its caches; ``shift``: bits of LOAD_ATTR's argument below
+    its name's number."""
 
     fields: int
     flags: int

@@ -40,9 +40,10 @@ class Run:
 
 @dataclass
 class Steps:
-    """What happens, in order: ``program``, ``file`` and ``python``; and the words by which files may be meant."""
+    """What happens, in order: programs by their paths, scripts, what Pythons run; and words by which files may be
+    meant."""
 
-    order: list[tuple[str, bytes | File | Run]] = field(default_factory=list)
+    order: list[bytes | File | Run] = field(default_factory=list)
     words: list[tuple[str, str]] = field(default_factory=list)
     """(word, working directory)."""
 
@@ -74,7 +75,7 @@ class Entry:
         head = await self._rounds.fetch(file.node, 0, _HEAD) or b""
         if head.startswith(elf.MAGIC):
             self._libraries.start(program, runs=True)
-            self.steps.order.append(("program", program))
+            self.steps.order.append(program)
             await self._program(command, program, file, depth)
         elif head.startswith(b"#!"):
             await self._script(command, program, file, head, depth)
@@ -112,7 +113,7 @@ class Entry:
         line = head[2:].split(b"\n", 1)[0].strip().decode("utf-8", "surrogateescape")
         interpreter, *argument = line.split(None, 1)
         argv = (interpreter, *argument, "/" + program.decode("utf-8", "surrogateescape"), *command.argv[1:])
-        self.steps.order.append(("file", file))
+        self.steps.order.append(file)
         await self._follow(Command(argv, command.env, command.cwd), depth + 1)
 
     # --- shells
@@ -178,7 +179,7 @@ class Entry:
             return
         imports = Imports(self._tree, self._rounds, self._libraries, python)
         run = Run(python, imports, list(python.startup(asked.flags)))
-        self.steps.order.append(("python", run))
+        self.steps.order.append(run)
         for name in run.first:
             imports.start(name)
         if "S" not in asked.flags:

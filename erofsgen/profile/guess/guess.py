@@ -14,8 +14,8 @@ from erofsgen.erofs.reader import Index
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.guess import weights
 from erofsgen.profile.guess.command import Command
-from erofsgen.profile.guess.entry import Entry, Run
 from erofsgen.profile.guess.elf import Span
+from erofsgen.profile.guess.entry import Entry, Run
 from erofsgen.profile.guess.imports import Module
 from erofsgen.profile.guess.libraries import CACHE, Libraries, Object
 from erofsgen.profile.guess.loading import merged
@@ -40,6 +40,9 @@ _SYSTEM: Final = (
     b"etc/localtime", b"etc/nsswitch.conf", b"etc/passwd", b"etc/group",
 )  # fmt: skip
 """What most starts read besides programs and libraries."""
+
+_BESIDE: Final = {b"libcrypto.so": (b"etc/ssl/openssl.cnf", b"usr/lib/ssl/openssl.cnf", b"etc/pki/tls/openssl.cnf")}
+"""Files that libraries read when they are loaded, by the beginnings of the libraries' names."""
 
 
 class Guess(NamedTuple):
@@ -80,14 +83,14 @@ class _Result:
 
     def add_all(self, entry: Entry, command: Command) -> None:
         """Everything, in order."""
-        for kind, what in entry.steps.order:
+        for what in entry.steps.order:
             if isinstance(what, Run):
                 self._run(what)
             elif isinstance(what, File):
                 self._file("program", what)
             else:
                 self._program(what)
-        runs = [what for _, what in entry.steps.order if isinstance(what, Run)]
+        runs = [what for what in entry.steps.order if isinstance(what, Run)]
         self._weights(entry, runs, command)
 
     def _add(self, reason: str, path: bytes, offset: int, length: int) -> None:
@@ -115,10 +118,15 @@ class _Result:
             reason = "loader"
         # whole chunks, since nothing less is brought
         chunk, size = found.file.node.chunk_size or 1, found.file.node.size
-        whole = [Span(start - start % chunk, length + start % chunk + -(start + length) % chunk)
-                 for start, length in found.spans]
+        whole = [
+            Span(start - start % chunk, length + start % chunk + -(start + length) % chunk)
+            for start, length in found.spans
+        ]
         for span in merged(whole, size):
             self._add(reason, found.file.path, span.offset, span.length)
+        for beginning, beside in _BESIDE.items():
+            if name.startswith(beginning):
+                self._files("libraries", beside)
 
     def _files(self, reason: str, paths: Iterable[bytes]) -> None:
         for path in paths:
@@ -197,14 +205,14 @@ def guessed_profile(guesses: Sequence[Guess], chunks: Chunks, packs: Sequence[st
                 break
             if device and begin < end:
                 ranges.append((device, place + begin - start, end - begin, number))
-    device, begin, size, number = np.array(ranges, np.int64).reshape(-1, 4).T
-    found, which = chunks.touched_many(device, begin, size)
+    devices, begins, sizes, numbers = np.array(ranges, np.int64).reshape(-1, 4).T
+    found, which = chunks.touched_many(devices, begins, sizes)
     # the first guess that names a chunk has it
     order = np.sort(np.unique(found, return_index=True)[1])
     rows = np.zeros(len(order), ROW)
     table = chunks.table[found[order]]
     rows["pack"], rows["block"], rows["length"] = table["device"] - 1, table["block"], table["length"]
     rows["first"] = np.arange(len(order))
-    reasons = np.array([REASONS.index(guess.reason) for guess in guesses], np.uint8)
-    rows["reason"] = reasons[number[which[order]]]
+    reasons = np.array([REASONS.index(each.reason) for each in guesses], np.uint8)
+    rows["reason"] = reasons[numbers[which[order]]]
     return Profile(command_name, 0, list(packs), list(REASONS), rows)

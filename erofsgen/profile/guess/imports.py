@@ -38,14 +38,17 @@ _DOTTED: Final = re.compile(rb"\0((?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*)(?=\0)")
 
 @dataclass
 class Module:
-    """``files``: what is read of it, in order; ``search``: where a package's modules are; ``below``: what it imports,
-    in order; ``texts``: the strings in it, of entrypoints."""
+    """``place``: where it was found, links not resolved; ``files``: what is read of it, in order; ``search``: where a
+    package's modules are; ``below``: what it imports, in order; ``more``: what the table of stacks says that it imports
+    besides; ``texts``: the strings in it, of entrypoints."""
 
     name: str
+    place: bytes = b""
     files: list[File] = field(default_factory=list)
     search: list[bytes] | None = None
     extension: bool = False
     below: list[str] = field(default_factory=list)
+    more: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -55,8 +58,10 @@ class Module:
 
 
 class Imports:
-    """Follows imports by tasks of ``rounds``; :meth:`walk` says what came of it. ``first``: directories that come before
-    the Python's own path."""
+    """Follows imports by tasks of ``rounds``; :meth:`walk` says what came of it.
+
+    ``first``: directories that come before the Python's own path.
+    """
 
     def __init__(self, tree: Tree, rounds: Rounds, libraries: Libraries, python: Python) -> None:
         self._tree = tree
@@ -79,7 +84,7 @@ class Imports:
     def start_script(self, file: File, name: str = MAIN) -> None:
         """Run a source as a main module."""
         self._entries.add(name)
-        module = self._modules[name] = Module(name, [file])
+        module = self._modules[name] = Module(name, file.path, [file])
         self._begun.add(name)
         self._rounds.start(self._read_source(module, file))
 
@@ -148,9 +153,10 @@ class Imports:
             return None
         for suffix in (*self._python.suffixes, b".py", b".pyc"):
             if stem + suffix in directory.names:
-                file = self._tree.file(join(directory.path, stem + suffix))
+                found = join(directory.path, stem + suffix)
+                file = self._tree.file(found)
                 if file:
-                    return Module(name, [file], extension=suffix.endswith(b".so"))
+                    return Module(name, found, [file], extension=suffix.endswith(b".so"))
         return None
 
     def _import(self, name: str) -> list[str]:
@@ -170,18 +176,18 @@ class Imports:
     def _begin(self, module: Module) -> None:
         """Have it found out what a module imports and loads."""
         if module.extension:
-            self._libraries.start(module.files[0].path, then=partial(self._take_compiled, module))
+            self._libraries.start(module.place, then=partial(self._take_compiled, module))
         elif module.files:
             self._rounds.start(self._read(module))
         for name in known(module.name).imports:
-            self._import(name)
+            module.more += self._import(name)
         for file in self.files(module, known(module.name).libraries):
             self._libraries.start(file.path)
 
     async def _read(self, module: Module) -> None:
         """Find out what a module imports that is source or byte code."""
         file = module.files[0]
-        cached = file if file.path.endswith(b".pyc") else self._tree.file(self._python.cached(file.path))
+        cached = file if file.path.endswith(b".pyc") else self._tree.file(self._python.cached(module.place))
         if cached and cached.node.size <= _FILE_MAX:
             data = await self._rounds.fetch(cached.node) or b""
             valid = cached is file or bytecode.is_valid(data, file.node.mtime // 1_000_000_000, file.node.size)
@@ -206,6 +212,7 @@ class Imports:
             if name is None or name in without or name in NEVER:
                 continue
             module.below += self._import(name)
+            module.more += [each for more in known(name).named(request.names) for each in self._import(more)]
             package = self._modules.get(name)
             if package is None or package.search is None:
                 continue
@@ -242,7 +249,7 @@ class Imports:
                 continue
             seen.add(name)
             yield why, module
-            waiting += [(above, "stacks") for more in known(name).imports for above in _packages(more)][::-1]
+            waiting += [(more, "stacks") for more in module.more if more not in seen][::-1]
             waiting += [(below, why) for below in module.below if below not in seen][::-1]
 
     def texts(self) -> Iterator[str]:
@@ -253,11 +260,9 @@ class Imports:
 
     def files(self, module: Module, patterns: Iterable[str]) -> Iterator[File]:
         """The files that patterns relative to a module's directory mean."""
-        directory = module.files[0].path.rpartition(b"/")[0] if module.files else None
-        if directory is not None and module.files[0].path.endswith(b".pyc"):
-            directory = directory.removesuffix(b"/__pycache__")
-        for pattern in patterns if directory is not None else ():
-            yield from islice(self._matching(directory or b"", pattern.encode().split(b"/")), _MATCHES_MAX)
+        directory = module.place.rpartition(b"/")[0]
+        for pattern in patterns if module.place else ():
+            yield from islice(self._matching(directory, pattern.encode().split(b"/")), _MATCHES_MAX)
 
     def _matching(self, directory: bytes, parts: list[bytes]) -> Iterator[File]:
         name, rest = parts[0], parts[1:]
@@ -286,8 +291,3 @@ def absolute(module: Module, request: Request) -> str | None:
         return None
     base = parts[: len(parts) - request.level + 1]
     return ".".join([*base, request.name] if request.name else base) or None
-
-
-def _packages(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

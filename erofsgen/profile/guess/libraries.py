@@ -120,7 +120,7 @@ class Libraries:
         if part and 0 < part.length < format_.NAME_MAX:
             found.interpreter = (await self._part(file, head, part.span) or b"").rstrip(b"\0") or None
             if found.interpreter:
-                self._default_directories(elf, found.interpreter)
+                self._take_interpreter(found.interpreter)
                 self._start(found.interpreter, ())
         dynamic = elf.first(PT_DYNAMIC)
         if dynamic is None:
@@ -196,8 +196,9 @@ class Libraries:
                 return join(directory, name)
         return None
 
-    def _default_directories(self, elf: Elf, interpreter: bytes) -> None:
-        if b"ld-musl" in interpreter and self._musl is None:
+    def _take_interpreter(self, interpreter: bytes) -> None:
+        """musl has its own directories; those of /etc/ld-musl-*.path are the same in distributions."""
+        if b"ld-musl" in interpreter:
             self._musl = [b"/lib", b"/usr/local/lib", b"/usr/lib"]
 
     def _defaults(self, elf: Elf) -> list[bytes]:

@@ -1,8 +1,8 @@
 """Which bytes of a program or library its loading touches.
 
-Measured on what ``import torch`` and ``import pandas`` load (docs/decisions.md): of libraries of up to 4 MB nearly every
-MB is touched, so they are wanted whole. Of larger ones the loader reads the tables for symbols and relocations and all
-data that is written to; their code is touched here and there. Debug symbols behind the segments are never read.
+Measured on what ``import torch`` and ``import pandas`` load (docs/decisions.md): of libraries of up to 4 MB nearly
+every MB is touched, so they are wanted whole. Of larger ones the loader reads the tables for symbols and relocations
+and all data that is written to; their code is touched here and there. Debug symbols behind the segments are never read.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def invocation(arguments: Sequence[str]) -> Invocation:
 
 @dataclass
 class Python:
-    """``path``: sys.path, without what is put before it for a script; ``sites``: the directories in it whose *.pth files
-    are read; ``pth``: those files; ``code``: lines in them that are executed; ``config``: pyvenv.cfg."""
+    """``path``: sys.path, without what is put before it for a script; ``sites``: the directories in it whose *.pth
+    files are read; ``pth``: those files; ``code``: lines in them that are executed; ``config``: pyvenv.cfg."""
 
     version: tuple[int, int]
     library: bytes

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from erofsgen.profile.guess.request import Code, Request
 
 _STATEMENT_MAX: Final = 16 << 10
 _REQUESTS_MAX: Final = 10_000
+_ALIASES_MAX: Final = 100
 
 _LINE: Final = re.compile(
     rb"^([ \t]*)(import|from|if|elif|else|try|except|finally|with|for|while|async|def|class|match|case)\b", re.MULTILINE
@@ -26,6 +28,8 @@ _COMMENT: Final = re.compile(rb"#[^\n]*")
 _FROM: Final = re.compile(rb"from\s*(\.*)\s*([\w.]*?)\s*\bimport\b\s*(.*)", re.DOTALL)
 _IMPORT: Final = re.compile(rb"import\s+(.*)", re.DOTALL)
 _NAME: Final = re.compile(rb"[^\W\d]\w*(?:\.[^\W\d]\w*)*\Z")
+_ALIAS: Final = re.compile(rb"\bimport\s+([\w.]+)\s+as\s+(\w+)")
+_NAMED: Final = re.compile(rb"\b(?:__import__|import_module)\(\s*['\"]([A-Za-z_][\w.]*)['\"]")
 _STRING: Final = re.compile(rb"\"([^\"\\\n]{1,1000})\"|'([^'\\\n]{1,1000})'")
 
 
@@ -36,15 +40,17 @@ def imports(source: bytes, *, everything: bool = False) -> Code:
     """
     code = _without_docstrings(source)
     requests: list[Request] = []
+    done = 0
     skipped: int | None = None  # lines that are indented more belong to a function
     for line in _LINE.finditer(code):
         indent = len(line[1].expandtabs())
-        if skipped is not None and indent > skipped:
+        if line.start() < done or (skipped is not None and indent > skipped):
             continue
         skipped = None
         keyword = line[2]
         if keyword in (b"import", b"from"):
-            requests += _requests(_statement(code, line.start(2)))
+            done, statement = _statement(code, line.start(2))
+            requests += _requests(statement)
             if len(requests) > _REQUESTS_MAX:
                 break
             continue
@@ -56,7 +62,10 @@ def imports(source: bytes, *, everything: bool = False) -> Code:
             found = _ONE_LINER.search(rest)
             if found:
                 requests += _requests(found[1])
-    return Code(requests, list(_texts(source)) if everything else [])
+    if not everything:
+        return Code(requests, [])
+    named = [Request(0, name.decode(), ()) for name in _NAMED.findall(code)[:_REQUESTS_MAX]]
+    return Code([*requests, *named, *_attributes(code, requests)], list(_texts(source)))
 
 
 def _runs(keyword: bytes, rest: bytes, *, everything: bool) -> bool:
@@ -75,9 +84,9 @@ def _without_docstrings(source: bytes) -> bytes:
     """The source without strings in three quotes, as far as quotes look like those of a string."""
     kept: list[bytes] = []
     done = 0
-    for opened in iter(lambda: _QUOTES.search(source, done), None):
+    while opened := _QUOTES.search(source, done):
         start = opened.start()
-        line = source[source.rfind(b"\n", done, start) + 1 : start]
+        line = source[max(source.rfind(b"\n", done, start) + 1, done) : start]
         if b"#" in line or line.endswith((b"'", b'"')):
             kept.append(source[done : opened.end()])
             done = opened.end()
@@ -91,8 +100,8 @@ def _without_docstrings(source: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _statement(code: bytes, start: int) -> bytes:
-    """The logical line from ``start``, without comments."""
+def _statement(code: bytes, start: int) -> tuple[int, bytes]:
+    """(where the logical line from ``start`` ends, the line without comments)."""
     limit = start + _STATEMENT_MAX
     end = start
     while True:
@@ -106,8 +115,9 @@ def _statement(code: bytes, start: int) -> bytes:
     line = code[start:end]
     if b"(" in line and b")" not in _COMMENT.sub(b"", line):
         closed = code.find(b")", end, limit)
-        line = code[start : closed + 1] if closed >= 0 else line
-    return _COMMENT.sub(b"", line).replace(b"\\\n", b" ")
+        end = max(end, closed + 1)
+        line = code[start:end]
+    return end, _COMMENT.sub(b"", line).replace(b"\\\n", b" ")
 
 
 def _requests(statement: bytes) -> Iterator[Request]:
@@ -117,7 +127,7 @@ def _requests(statement: bytes) -> Iterator[Request]:
         if found:
             level, name, wanted = len(found[1]), found[2], found[3].strip(b" \t()")
             names = tuple(_names(wanted)) if wanted != b"*" else ("*",)
-            if (name or level) and (not name or _NAME.match(name)):
+            if names and (name or level) and (not name or _NAME.match(name)):
                 yield Request(level, name.decode("utf-8", "replace"), names)
             continue
         found = _IMPORT.match(part)
@@ -132,6 +142,16 @@ def _names(listed: bytes) -> Iterator[str]:
         words = item.split()
         if words and _NAME.match(words[0]):
             yield words[0].decode("utf-8", "replace")
+
+
+def _attributes(code: bytes, requests: list[Request]) -> Iterator[Request]:
+    """Attributes of imported packages, which may be modules that are imported when they are asked for."""
+    plain = {each.name.partition(".")[0].encode() for each in requests if not each.names}
+    aliases = {name: name for name in sorted(plain)[:_ALIASES_MAX]}
+    aliases |= {found[2]: found[1] for found in islice(_ALIAS.finditer(code), _ALIASES_MAX)}
+    for alias, name in aliases.items():
+        for rest in sorted(set(re.findall(rb"\b%s((?:\.[^\W\d]\w*)+)" % re.escape(alias), code)))[:_REQUESTS_MAX]:
+            yield Request(0, (name + rest).decode("utf-8", "replace"), ())
 
 
 def _texts(source: bytes) -> Iterator[str]:

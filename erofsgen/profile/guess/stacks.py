@@ -6,18 +6,28 @@ have is passed over, so one row serves many versions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Final, NamedTuple
 
 
 class Stack(NamedTuple):
-    """``imports``: modules that are imported by name or by compiled code; ``files``: what is read, as patterns relative
-    to the module's directory; ``libraries``: what is loaded with dlopen(3), likewise; ``without``: full names of modules
-    that import statements name but no import runs."""
+    """``imports``: modules that are imported by name or by compiled code; ``lazy``: patterns of names, and what is
+    imported when such a name is imported from the module; ``files``: what is read, as patterns relative to the
+    module's directory; ``libraries``: what is loaded with dlopen(3), likewise; ``without``: full names of modules that
+    import statements name but no import runs."""
 
     imports: tuple[str, ...] = ()
+    lazy: tuple[tuple[str, tuple[str, ...]], ...] = ()
     files: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     without: frozenset[str] = frozenset()
+
+    def named(self, names: Iterable[str]) -> Iterator[str]:
+        """The modules that are imported where these names are imported from this one."""
+        for pattern, modules in self.lazy:
+            if any(fnmatchcase(name, pattern) for name in names):
+                yield from modules
 
 
 _NONE: Final = Stack()
@@ -45,7 +55,7 @@ STACKS: Final[dict[str, Stack]] = {
     # the standard library
     "concurrent.futures": Stack(imports=("concurrent.futures.thread",)),
     "importlib.util": Stack(imports=("importlib._abc", "types", "contextlib", "functools", "warnings")),
-    "zoneinfo": Stack(without=frozenset({"zoneinfo._zoneinfo"})),
+    "zoneinfo": Stack(imports=_CONFIG_VARS, without=frozenset({"zoneinfo._zoneinfo"})),
     # numerics
     "numpy._core.multiarray": Stack(imports=("numpy._core._exceptions", "numpy.dtypes", "datetime")),
     "numpy.core.multiarray": Stack(imports=("numpy.core._exceptions", "datetime")),
@@ -61,6 +71,8 @@ STACKS: Final[dict[str, Stack]] = {
     "sklearn.externals.array_api_compat.numpy": Stack(
         imports=(*_NUMPY_STAR, "sklearn.externals.array_api_compat.numpy.fft")
     ),
+    "matplotlib": Stack(files=("mpl-data/matplotlibrc", "mpl-data/stylelib/*.mplstyle")),
+    "matplotlib.font_manager": Stack(files=("mpl-data/fonts/ttf/*.ttf", "mpl-data/fonts/*/*.afm")),
     # machine learning
     "jax": Stack(
         imports=("numpy.ma", "jaxlib.mlir.dialects.func", "jaxlib.mlir.dialects.chlo", *_CONFIG_VARS),
@@ -80,17 +92,26 @@ STACKS: Final[dict[str, Stack]] = {
             # sources of configuration modules and of what is scripted
             "__init__.py", "functional.py", "_export/config.py", "_library/custom_ops.py", "_native/registry.py",
             "compiler/config.py", "cuda/__init__.py", "distributed/config.py", "fx/experimental/_config.py",
-            "nn/functional.py", "nn/modules/rnn.py", "utils/_debug_mode/_mode.py", "_dynamo/config.py",
-            "_inductor/config.py", "_functorch/config.py",
+            "nn/functional.py", "nn/modules/rnn.py", "utils/_debug_mode/_mode.py",
             "../*.dist-info/entry_points.txt",
         ),
         libraries=("lib/libtorch_global_deps.so",),
         without=frozenset({"torch.cuda._sanitizer"}),
     ),
     "transformers": Stack(
-        imports=("tokenizers", "torch", *_HUB),
+        imports=_HUB,
+        lazy=(
+            ("AutoConfig", ("transformers.models.auto.configuration_auto",)),
+            ("*Tokenizer*", ("tokenizers", "transformers.models.auto.tokenization_auto")),
+            ("Auto*Processor", ("transformers.models.auto.processing_auto", "torch")),
+            ("AutoModel*", ("transformers.models.auto.modeling_auto", "torch")),
+            ("*Model", ("transformers.modeling_utils", "torch")),
+            ("*For*", ("transformers.modeling_utils", "torch")),
+            ("pipeline", ("transformers.pipelines", "tokenizers", "torch")),
+            ("Trainer*", ("transformers.trainer", "torch")),
+        ),
         files=(
-            "models/*/*.py",
+            "models/*/[!m]*.py", "models/*/modeling_*.py", "models/*/*/*.py",
             *(
                 f"../{name}-*.dist-info/METADATA"
                 for name in (
@@ -100,16 +121,18 @@ STACKS: Final[dict[str, Stack]] = {
             ),
         ),
     ),
-    "transformers.models.auto.auto_factory": Stack(imports=("transformers.generation",)),
     # servers
+    "certifi.core": Stack(imports=("importlib.readers", "importlib.resources.readers")),
     "django.template": Stack(imports=("django.templatetags.i18n", "django.template.loader_tags")),
     "fastapi": Stack(
         imports=("pydantic.plugin._loader",), files=("../*.dist-info/entry_points.txt",)
     ),
     "gunicorn.app.base": Stack(imports=("gunicorn.glogging", "gunicorn.workers.sync")),
     "sqlalchemy": Stack(imports=("sqlalchemy.sql.default_comparator", "sqlalchemy.engine.default")),
+    "sqlalchemy.util.compat": Stack(imports=_CONFIG_VARS),
     "uvicorn": Stack(
         imports=(
+            "multiprocessing.connection",
             "uvicorn.lifespan.on", "uvicorn.logging", "uvicorn.loops.auto", "uvicorn.loops.asyncio",
             "uvicorn.protocols.http.auto", "uvicorn.protocols.http.h11_impl", "uvicorn.protocols.websockets.auto",
         ),

@@ -45,7 +45,7 @@ def named(tree: Tree, word: str, cwd: str, environment: dict[str, str]) -> Itera
 
 
 def _model(tree: Tree, place: bytes) -> Iterator[File]:
-    """The files of a directory that holds a model: what describes it first, then weights in the order of their names."""
+    """The files of a directory that holds a model: what describes it first, then weights by their names."""
     directory = tree.directory(place)
     if directory is None or not any(is_weights(name) for name in directory.names):
         return

@@ -35,7 +35,7 @@ _WRAPPERS: Final[dict[str, tuple[str, int]]] = {
     "tini": ("e p", 0),
     "uv": ("", 1),
 }
-"""Programs that run another one: their options of one letter with an argument, and the words before the other's name."""
+"""Programs that run another one: their options of one letter with an argument, the words before the other's name."""
 
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*=")
 _VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^{}]*))?\})")
@@ -67,7 +67,8 @@ def wrapped(argv: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
             elif len(word) == 2 and word[1] in letters and words:
                 words.pop(0)
         elif name == "env" and _ASSIGNMENT.match(word):
-            key, _, added[word.partition("=")[0]] = words.pop(0).partition("=")
+            variable, _, value = words.pop(0).partition("=")
+            added[variable] = value
         elif positional:
             words.pop(0)
             positional -= 1
