@@ -118,6 +118,8 @@ class _Walk:
         self._texts: list[int] = []
         self._requests: list[Request] = []
         self._tuples: dict[int, tuple[str, ...]] = {}
+        self._tests = b"TYPE_CHECKING" in data or (b"__main__" in data and not everything)
+        """Whether there may be conditions that no import meets."""
 
     def module(self) -> Code:
         if self._data[HEADER] & 127 != _CODE:
@@ -296,7 +298,7 @@ class _Walk:
     def _decode(self, code: bytes, constants: list[int], names: list[int], inner: dict[int, list[Request]]) -> None:
         """Add what ``code`` imports; ``inner`` is what the bodies among its constants do, by their numbers."""
         operations, arguments = code[::2], code[1::2]
-        dead = self._dead(operations, arguments, constants, names)
+        dead = self._dead(operations, arguments, constants, names) if self._tests else []
         found: list[tuple[int, list[Request]]] = []
         at = -1
         while (at := operations.find(self._dialect.import_name, at + 1)) >= 0:

@@ -32,10 +32,15 @@ READ_MAX: Final = 1 << 30
 
 _STRAY_MAX: Final = 16 << 20
 """A file that a string in source may mean is taken up to this size, unless it is one of weights."""
+_CODE: Final = (b".py", b".pyc", b".so")
+"""Such files are other heuristics' business."""
 
 _SYSTEM: Final = (
     b"etc/ld.so.preload", b"usr/lib/locale/locale-archive", b"usr/share/locale/locale.alias",
-    b"usr/lib/locale/C.utf8/LC_CTYPE", b"usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
+    *(b"usr/lib/locale/C.utf8/LC_" + name for name in (
+        b"CTYPE", b"COLLATE", b"IDENTIFICATION", b"MEASUREMENT", b"MONETARY", b"NAME", b"NUMERIC", b"PAPER",
+        b"TELEPHONE", b"TIME", b"ADDRESS")),
+    b"usr/lib/locale/C.utf8/LC_MESSAGES/SYS_LC_MESSAGES", b"usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
     b"usr/lib/aarch64-linux-gnu/gconv/gconv-modules.cache", b"usr/lib64/gconv/gconv-modules.cache",
     b"etc/localtime", b"etc/nsswitch.conf", b"etc/passwd", b"etc/group",
 )  # fmt: skip
@@ -183,7 +188,7 @@ class _Result:
 
     def _named(self, word: str, cwd: str, environment: dict[str, str], *, stray: int) -> None:
         for file in weights.named(self._tree, word, cwd, environment):
-            if weights.is_weights(file.path) or file.node.size <= stray:
+            if weights.is_weights(file.path) or (file.node.size <= stray and not file.path.endswith(_CODE)):
                 self._file("weights", file)
 
 

@@ -193,7 +193,7 @@ class Imports:
             valid = cached is file or bytecode.is_valid(data, file.node.mtime // 1_000_000_000, file.node.size)
             if cached is not file:
                 module.files = [cached] if valid and not bytecode.is_checked(data) else [cached, file]
-            code = bytecode.imports(data, everything=module.name in self._entries) if valid else None
+            code = bytecode.imports(data, everything=self._runs(module)) if valid else None
             if code is not None:
                 self._take(module, code)
                 return
@@ -203,7 +203,16 @@ class Imports:
     async def _read_source(self, module: Module, file: File) -> None:
         if file.node.size <= _FILE_MAX:
             data = await self._rounds.fetch(file.node) or b""
-            self._take(module, source.imports(data, everything=module.name in self._entries))
+            self._take(module, source.imports(data, everything=self._runs(module)))
+
+    def _runs(self, module: Module) -> bool:
+        """Whether a module is the entrypoint or part of it, so that its functions run."""
+        main = module.name.rpartition(".")[2] == MAIN or module.name.startswith("<")
+        return module.name in self._entries and (main or self._is_own(module))
+
+    def _is_own(self, module: Module) -> bool:
+        """Whether a module is the application's, not a package's: only its strings say what is meant."""
+        return not any(module.place.startswith(place + b"/") for place in (self._python.library, *self._python.sites))
 
     def _take(self, module: Module, code: Code) -> None:
         without = known(module.name).without
@@ -220,7 +229,7 @@ class Imports:
                 inside = f"{name}.{wanted}"
                 if wanted != "*" and inside not in without and inside not in NEVER and self.find(inside):
                     module.below += self._import(inside)[-1:]
-        module.texts = list(dict.fromkeys(code.texts))[:_TEXTS_MAX]
+        module.texts = list(dict.fromkeys(code.texts))[:_TEXTS_MAX] if self._is_own(module) else []
         for text in module.texts:
             meant = self.start_object(text)
             if meant:

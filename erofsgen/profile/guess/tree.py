@@ -59,6 +59,8 @@ class Tree:
                 real, node = join(directory.path, name), self._index.node(nid)
                 if stat.S_ISDIR(node.mode) and real == path:
                     return self._listed(path, node)
+                if not stat.S_ISLNK(node.mode) and not stat.S_ISDIR(node.mode):
+                    return None
             real, node = resolve(self._index, path)
             if not stat.S_ISDIR(node.mode):
                 return None
