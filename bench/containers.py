@@ -229,6 +229,12 @@ class _Pieces(io.RawIOBase):
         return count
 
 
+NUMERIC = ("python3", "-c", "import numpy, scipy, pandas")
+APPLICATION = ("python3", "/srv/app/main.py")
+QUICK = ("python3", "-c", "import numpy, scipy")
+"""What the images run, by their own configs, too."""
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +243,7 @@ def numeric() -> Image:
         "numeric", "numpy", "scipy", "pandas", "matplotlib", "scikit-learn", "statsmodels", "plotly",
         sources_only=("dateutil",),
     )  # fmt: skip
-    return imagemaker.make_image("numeric", [imagemaker.debian(), packages])
+    return imagemaker.make_image("numeric", [imagemaker.debian(), packages], NUMERIC)
 
 
 def torch() -> Image:
@@ -249,7 +255,7 @@ def torch() -> Image:
         weights(),
         files("torch-application", {"srv/app/main.py": TORCH.encode()}),
     ]
-    return imagemaker.make_image("torch", layers)
+    return imagemaker.make_image("torch", layers, APPLICATION)
 
 
 def web() -> Image:
@@ -259,20 +265,20 @@ def web() -> Image:
         sources_only=("click",),
     )  # fmt: skip
     content = {"srv/app/main.py": WEB.encode(), "srv/app/pages/index.html": PAGE.encode()}
-    return imagemaker.make_image("web", [imagemaker.debian(), packages, files("web-application", content)])
+    return imagemaker.make_image("web", [imagemaker.debian(), packages, files("web-application", content)], APPLICATION)
 
 
 def quick() -> Image:
     """The demo image without its application, which has a link to a lower layer: containerd does not unpack that."""
-    return imagemaker.make_image("quick", imagemaker.demo_layers()[:2])
+    return imagemaker.make_image("quick", imagemaker.demo_layers()[:2], QUICK)
 
 
 CONTAINERS = {
     container.name: container
     for container in (
-        Container("numeric", numeric, ("python3", "-c", "import numpy, scipy, pandas")),
-        Container("torch", torch, ("python3", "/srv/app/main.py")),
-        Container("web", web, ("python3", "/srv/app/main.py"), serves=True),
-        Container("quick", quick, ("python3", "-c", "import numpy, scipy")),
+        Container("numeric", numeric, NUMERIC),
+        Container("torch", torch, APPLICATION),
+        Container("web", web, APPLICATION, serves=True),
+        Container("quick", quick, QUICK),
     )
 }

@@ -209,7 +209,7 @@ def _write_layout(layout: Path, tag: str, layers: tuple[CachedLayer, ...], confi
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [manifest]}))
 
 
-def _config(recipes: list[Recipe], layers: tuple[CachedLayer, ...]) -> dict[str, Any]:
+def _config(recipes: list[Recipe], layers: tuple[CachedLayer, ...], command: Sequence[str]) -> dict[str, Any]:
     machine = platform.machine()
     created = "2023-11-14T22:13:20Z"  # EPOCH
     return {
@@ -218,7 +218,7 @@ def _config(recipes: list[Recipe], layers: tuple[CachedLayer, ...]) -> dict[str,
         "os": "linux",
         "config": {
             "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"],
-            "Cmd": ["python3"],
+            "Cmd": list(command),
             "WorkingDir": "/",
         },
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
@@ -226,12 +226,13 @@ def _config(recipes: list[Recipe], layers: tuple[CachedLayer, ...]) -> dict[str,
     }
 
 
-def make_image(name: str, recipes: list[Recipe]) -> Image:
-    """The image of these layers, bottom first; made if the cache does not have it. Safe to call in parallel.
+def make_image(name: str, recipes: list[Recipe], command: Sequence[str] = ("python3",)) -> Image:
+    """The image of these layers, bottom first, that runs ``command``; made if the cache does not have it.
 
-    Raises subprocess.CalledProcessError when a tool fails; its output has been printed.
+    Safe to call in parallel. Raises subprocess.CalledProcessError when a tool fails; its output has been printed.
     """
-    key = hashlib.sha256(json.dumps([name, [recipe.key for recipe in recipes]]).encode()).hexdigest()[:16]
+    parts = [name, [recipe.key for recipe in recipes], *([list(command)] if command != ("python3",) else [])]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     layout = CACHE / "layouts" / f"{name}-{key}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
@@ -241,7 +242,7 @@ def make_image(name: str, recipes: list[Recipe]) -> Image:
         if not layout.exists():
             layout.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE, prefix="layout-") as work:
-                _write_layout(Path(work) / "layout", name, layers, _config(recipes, layers))
+                _write_layout(Path(work) / "layout", name, layers, _config(recipes, layers, command))
                 os.rename(Path(work) / "layout", layout)
     return Image(layout, name, layers)
 

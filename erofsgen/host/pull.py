@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 from erofsgen.errors import BusyError, ErofsgenError, NotFoundError, RemoteError
@@ -23,6 +23,7 @@ def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
     Raises NotFoundError (neither has it), and what kept the store from answering.
     """
     url = absolute(url)  # the daemon has another working directory
+    _expect(cache, url)
     try:
         store = open_store(url)
     except ErofsgenError as error:
@@ -37,6 +38,15 @@ def find(cache: HostCache, url: str, name: str) -> Image | CachedImage:
     except NotFoundError:
         pass
     raise unreachable
+
+
+def _expect(cache: HostCache, url: str) -> None:
+    """Have a daemon that runs open the store, too, while this process does: that can take half a second."""
+    with suppress(ErofsgenError):
+        client = Client.connect(cache.root)
+        if client is not None:
+            with client:
+                client.tell_worker("expect", store=url)
 
 
 def complete(cache: HostCache, cached: CachedImage, image: Image | None, progress: Progress = SILENT) -> None:

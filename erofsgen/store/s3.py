@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import IO, Any, Final, TypeVar
 
-from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from erofsgen.errors import IntegrityError, RemoteError, UsageError
@@ -48,9 +47,8 @@ T = TypeVar("T")
 _KEY: Final = 1024
 """Bytes of a key at most, whoever serves it."""
 _PART: Final = 16 << 20
-_UPLOAD: Final = TransferConfig(
-    multipart_threshold=_PART, multipart_chunksize=_PART, max_concurrency=8, preferred_transfer_client="classic"
-)
+_UPLOADS: Final = 8
+"""Parts of a blob on their way at a time."""
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", re.ASCII)
 
 
@@ -179,11 +177,21 @@ class S3Objects(Objects):
         if size <= _PART:
             self.put(key, file.read())
             return
+        from boto3.s3.transfer import TransferConfig, create_transfer_manager  # which hosts do without
+
         place, begin = self._place(key), file.tell()
+        config = TransferConfig(
+            multipart_threshold=_PART,
+            multipart_chunksize=_PART,
+            max_concurrency=_UPLOADS,
+            preferred_transfer_client="classic",
+        )
 
         def upload(s3: Any) -> None:  # noqa: ANN401
             file.seek(begin)
-            s3.upload_fileobj(file, **place, ExtraArgs={**self._payer, **self._encryption}, Config=_UPLOAD)
+            with create_transfer_manager(s3, config) as manager:
+                extra = {**self._payer, **self._encryption}
+                manager.upload(file, place["Bucket"], place["Key"], extra_args=extra).result()
 
         self._ask(key, upload)
 

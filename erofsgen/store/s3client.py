@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
 
-import boto3
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
@@ -139,7 +138,8 @@ class S3Client:
         with translated(settings.where):
             self._session = botocore.session.Session(profile=settings.profile)
             try:
-                self._client = boto3.Session(botocore_session=self._session).client(
+                # as boto3 does, whose own import would take as long again
+                self._client = self._session.create_client(
                     "s3", region_name=settings.region, endpoint_url=settings.endpoint, config=config
                 )
             except ValueError as error:  # botocore's word for an endpoint that is no URL

@@ -54,6 +54,11 @@ class Client:
         """Have the worker do something. The connection is of no use afterwards."""
         return self._call({"do": "worker", "command": {"do": do, **arguments}}, progress)
 
+    def tell_worker(self, do: str, **arguments: Any) -> None:  # noqa: ANN401
+        """Have the worker do something that nobody waits for. The connection is of no use afterwards."""
+        with suppress(OSError):
+            self._connection.sendall(json.dumps({"do": "worker", "command": {"do": do, **arguments}}).encode() + b"\n")
+
     def close(self) -> None:
         """Hang up."""
         self._lines.close()

@@ -278,7 +278,7 @@ class Prefetching:
         with self._lock:
             for row in trace.brought:
                 judged = self._judged.setdefault(trace.reasons[row["reason"]], _Judged())
-                size, used = int(row["length"]), bool(row["used"])
+                size, used = int(row["length"]), bool(row["used"] and row["judged"])
                 judged.frames += 1
                 judged.bytes += size
                 judged.used_frames += used

@@ -41,6 +41,7 @@ class Tasks:
             "verify": self._verify,
             "status": self._status,
             "take in": self._take_in,
+            "expect": self._expect,
         }
 
     def start(self, command: dict[str, Any], client: socket.socket) -> None:
@@ -90,6 +91,11 @@ class Tasks:
 
     def _status(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         return self._worker.status()
+
+    def _expect(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
+        """Open a store that an image is about to come from."""
+        self._worker.expect(str(command["store"]))
+        return {}
 
     def _take_in(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         """Make profiles of what was recorded."""

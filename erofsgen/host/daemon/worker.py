@@ -287,6 +287,11 @@ class Worker:
         """Let the stores that are known to have an image, and the tiers before them, be sources of its packs."""
         add_chains(self.engine, self.config, image.stores, [pack.hex for pack in image.packs])
 
+    def expect(self, store: str) -> None:
+        """Open ``store``, and what stands before it: what that needs is imported before the first read waits for it."""
+        add_chains(self.engine, self.config, [store], [])
+        self.engine.open_sources()
+
     def _introduce(self, message: Message, descriptor: int) -> None:
         name = message["pack"]
         with self._lock:

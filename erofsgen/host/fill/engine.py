@@ -155,6 +155,13 @@ class Engine:
         with self._lock:
             self._tiers.add(source, packs)
 
+    def open_sources(self) -> None:
+        """Have sources be ready that are opened when they are read first. What fails is told by reads."""
+        with self._lock:
+            sources = list(self._tiers.sources)
+        for source in sources:
+            source.ready()
+
     def gaps(self) -> list[Gap]:
         """Packs that sources were found to lack and others to have since this was last asked; each once for ever."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Final
 
 from erofsgen.errors import ErofsgenError, NotFoundError, RemoteError
@@ -50,6 +51,9 @@ class Source(ABC):
 
         Called by several threads at once. It must come back some day: threads cannot be interrupted.
         """
+
+    def ready(self) -> None:  # noqa: B027  (most are)
+        """Get ready to be read. Raises nothing."""
 
     def doubt(self) -> None:  # noqa: B027  (most learn nothing)
         """Bytes that it brought were wrong."""
@@ -129,6 +133,10 @@ class UrlSource(Source):
     def opened(self, timeout: float) -> Store:
         """The store, opened for somebody else, who closes it; nothing is made. Raises as :func:`open_store`."""
         return open_store(self.url, attempts=1, timeout=timeout, proxy=self.proxy)
+
+    def ready(self) -> None:
+        with suppress(Exception):  # the first read says what is wrong
+            self.store()
 
     def doubt(self) -> None:
         if self._store is not None:

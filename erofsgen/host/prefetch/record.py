@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +41,16 @@ def record(command: Sequence[str], *, root: Path, store: str, name: str | None =
         process = subprocess.Popen(command, env=environment)
     except OSError as error:
         raise NotFoundError(f"{command[0]}: {error.strerror}") from None
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:  # it got the signal as well, and says how it ends
-            continue
+    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # it got the signal as well, and says how it ends
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
     client = Client.connect(root)
     if client is None:
         raise BusyError(f"{root}: no daemon is running that has recorded anything", hint="record a lazy start")

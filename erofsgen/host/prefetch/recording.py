@@ -137,7 +137,7 @@ def trace_of(
             ))  # fmt: skip
     rows = np.array(brought, BROUGHT)
     hidden = [header.packs.index(pack) for pack in header.unobserved if pack in header.packs]
-    rows["judged"] = rows["used"] | ~(np.isin(rows["pack"], hidden) | (header.plane == "fscache"))
+    rows["judged"] = ~(np.isin(rows["pack"], hidden) | (header.plane == "fscache"))
     return Trace(
         image=header.image,
         command=header.command,
