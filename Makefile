@@ -7,6 +7,9 @@ VENV := .venv
 ARGS ?=
 BENCHES := bench/build.py bench/host.py bench/fuse.py bench/store.py bench/ready.py
 
+# Daemons and tools are started hundreds of times: each would compile all of our modules where somebody has set this.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint vmtest vmtest-all bench clean
 

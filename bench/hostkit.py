@@ -93,14 +93,10 @@ class EmptyHost:
         self._pid = facts.get("pid", self._pid)
         return facts
 
-    def worker(self) -> dict[str, Any]:
-        """The worker's status."""
-        with Client.start(self.root, self._options) as client:
-            return client.worker("status")
-
     def engine(self) -> dict[str, Any]:
         """Counters of the fill engine."""
-        counters: dict[str, Any] = self.worker()["engine"]
+        with Client.start(self.root, self._options) as client:
+            counters: dict[str, Any] = client.worker("status")["engine"]
         return counters
 
 

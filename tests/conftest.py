@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -95,14 +96,22 @@ def erofs_utils() -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def botocore_models() -> None:
+    """boto3's clients share what they read of its files on S3. To read it for each is half of what tests of S3 take."""
+    from botocore import session  # takes a third of a second, which most test runs need not spend
+
+    session.create_loader = functools.cache(session.create_loader)
+
+
+@pytest.fixture(scope="session")
+def s3_server(botocore_models: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Ceph's S3 service. All tests share it; each makes its own ``bucket()``."""
     with ceph.ceph_rgw(tmp_path_factory.mktemp("ceph")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def moto_s3() -> Iterator[S3Server]:
+def moto_s3(botocore_models: None) -> Iterator[S3Server]:
     """An S3 service in this process that checks no signatures. All tests share it; each makes its own ``bucket()``."""
     with moto.moto_s3() as server:
         yield server

@@ -68,6 +68,7 @@ def collect(kernel: str, phase: str, expression: str) -> list[str]:
     """The tests of a phase, as pytest on this machine lists them. Raises UsageError where it cannot."""
     environment = {**os.environ, "EROFSGEN_VM_PHASE": phase, "EROFSGEN_VM_KERNEL": kernel}
     environment.pop("EROFSGEN_VM", None)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the byte code of cases, which pytest makes itself, is for guests
     command = [sys.executable, *_pytest(expression), "--collect-only", "--quiet"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, _NO_TESTS):

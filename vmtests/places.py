@@ -20,6 +20,8 @@ RUNS = CACHE / "vmtests"
 """What the last run of each kernel left: scratch disks, report logs, console logs."""
 
 CASES = Path("vmtests/cases")
+SOURCES = ("erofsgen", "fanotify_daemon", "fscache_daemon", "fusefallback", "tests", "vmtests")
+"""Where guests import from, beside what is installed."""
 
 
 def run(*command: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from erofsgen.cli.shared import Settings, cache_options, copy_options, image_argument, verb
 from erofsgen.errors import UsageError
+
+_PATIENCE: Final = 30.0
+"""Seconds that profiles may take: who pulls wants them as they are now."""
 
 
 @verb(json=True)
@@ -17,8 +22,8 @@ from erofsgen.errors import UsageError
 def command(settings: Settings, image: str, everything: bool, source: str | None, name: str | None, jobs: int) -> None:
     """Put what mounting an image needs into the host cache.
 
-    That is its index and its packs' tables of contents; it can be mounted without the store then. With --from, the
-    image comes whole from another store into this one, and the cache is left alone.
+    That is its index, its packs' tables of contents and its profiles; it can be mounted without the store then. With
+    --from, the image comes whole from another store into this one, and the cache is left alone.
     """
     if source is not None:
         from erofsgen.cli.copying import copy
@@ -41,7 +46,7 @@ def _into_cache(settings: Settings, image: str, everything: bool) -> None:
     if isinstance(found, CachedImage):
         raise NotFoundError(f"no store at {settings.store}", hint="the image is in the cache already")
     with settings.progress() as progress:
-        cached = cache.add(found, progress)
+        cached = cache.add(found, progress, patience=_PATIENCE)
         if everything:
             complete(cache, cached, found, progress)
     if settings.json:

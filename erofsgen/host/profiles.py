@@ -26,6 +26,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -90,16 +91,18 @@ class HostProfiles:
 
     def best(self, digest: str, command: str) -> Profile | None:
         """The one to replay for a command: its own, else what :func:`erofsgen.profile.naming.best` takes for it."""
-        from erofsgen.profile.naming import best
+        from erofsgen.profile.naming import best, short
 
         found = self.find(digest, command)
-        return found if found is not None and found.recorded else best(self.all(digest), command)
+        return found if found is not None and found.recorded else best(self.all(digest), short(command))
 
     def add(self, digest: str, profile: Profile) -> Profile:
         """Merge a run into what is recorded of its command; returns that. Beyond :data:`COUNT` commands the one that
-        ran longest ago is forgotten."""
+        ran longest ago is forgotten. A long command is made short, here and wherever one is asked for."""
         from erofsgen.profile import beside
+        from erofsgen.profile.naming import short
 
+        profile = replace(profile, command=short(profile.command))
         path = self._file(digest, "recorded", profile.command)
         with self._locked(path.parent):
             merged = beside.merged(self._profile(path), profile)
@@ -160,7 +163,9 @@ class HostProfiles:
 
     def put_trace(self, trace: Trace) -> None:
         """Keep a run as its command's last one. A very large one is not kept."""
-        data = trace.encode()
+        from erofsgen.profile.naming import short
+
+        data = replace(trace, command=short(trace.command)).encode()
         if len(data) > _TRACE_LIMIT:
             _logger.warning("%s: a trace of %d bytes is not kept", trace.image, len(data))
             return
@@ -201,10 +206,10 @@ class HostProfiles:
         return self.root / blob(digest).removeprefix(BLOBS)
 
     def _file(self, digest: str, kind: str, command: str) -> Path:
-        from erofsgen.profile.naming import key
+        from erofsgen.profile.naming import key, short
 
         suffix = "trace" if kind == "trace" else "profile"
-        return self._directory(digest) / f"{kind}-{key(command)}.{suffix}"
+        return self._directory(digest) / f"{kind}-{key(short(command))}.{suffix}"
 
     def _files(self, digest: str, kind: str) -> list[Path]:
         """Those of a kind, the one that was written last first."""

@@ -173,7 +173,7 @@ def totals(trace: Trace) -> Totals:
                 int(rows["used"].sum()),
                 _bytes(rows[rows["used"]]),
                 _bytes(rows[_unused(rows)]),
-            )  # fmt: skip
+            )
             for name, rows in _by(trace.reasons, brought, "reason")
         ],
     )

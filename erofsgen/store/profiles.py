@@ -112,7 +112,10 @@ def read(store: Store, layer: Descriptor) -> bytes:
 
 
 def put(store: Store, command: str, runs: int, encoded: bytes) -> Descriptor:
-    """Write an encoded profile; its layer, of no manifest yet. Within :meth:`Store.building`."""
+    """Write an encoded profile; its layer, of no manifest yet. Within :meth:`Store.building`. Raises FormatError for a
+    command that nobody could read back."""
+    if len(command) > COMMAND_LIMIT:
+        raise FormatError(f"a profile of a command of {len(command)} characters, at most {COMMAND_LIMIT} are possible")
     digest, size = store.put(encoded)
     return Descriptor(TYPE, digest, size, {COMMAND: command, RUNS: str(runs)})
 

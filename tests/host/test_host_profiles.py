@@ -77,6 +77,18 @@ def test_the_best_for_a_command(profiles: HostProfiles, image: Image):
     assert profiles.best(ONE, "serve") is None
 
 
+@pytest.mark.parametrize("command", ["x" * 300, "cat '\udcff'"])
+def test_commands_that_nobody_could_keep(profiles: HostProfiles, image: Image, command: str):
+    """Whoever gave one finds its profile by it all the same."""
+    profiles.add(ONE, run_of(image, [0], command=command))
+    assert profiles.add(ONE, run_of(image, [1], command=command)).runs == 2
+    profiles.put_trace(a_trace(command))
+    assert profiles.find(ONE, command).runs == profiles.best(ONE, command).runs == 2
+    assert profiles.trace(ONE, command) is not None
+    profiles.remove(ONE, command)
+    assert profiles.all(ONE) == profiles.traces(ONE) == []
+
+
 def test_commands_are_bounded(profiles: HostProfiles, image: Image):
     """The ones that ran last stay."""
     for number in range(COUNT + 3):

@@ -14,7 +14,7 @@ from erofsgen.profile.naming import best, command_name, key, short
 word = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(word, max_size=12))
 def test_a_command_is_a_line_for_a_shell(argv: list[str]):
     name = command_name(argv)
@@ -26,7 +26,7 @@ def test_a_command_is_a_line_for_a_shell(argv: list[str]):
     assert key(name).isalnum()
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(word, max_size=4), st.lists(word, max_size=4), st.sampled_from(["", "x" * 300]))
 def test_different_commands_stay_different(one: list[str], other: list[str], before: str):
     names = {command_name([before, *argv]) for argv in (one, other)}

@@ -19,7 +19,7 @@ from erofsgen.profile import trace as traces
 from erofsgen.profile.profile import RECORDED, ROW, RUNS, Profile, decode, merge
 from erofsgen.profile.trace import BROUGHT, TOUCH, Trace
 
-quick = settings(max_examples=40)
+quick = settings(max_examples=40, deadline=None)
 
 
 @quick

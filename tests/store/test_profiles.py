@@ -30,17 +30,31 @@ from erofsgen.store.open import open_store
 from erofsgen.store.remove import remove
 
 
-@pytest.fixture(params=["directory", "moto", pytest.param("ceph", marks=pytest.mark.server)])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """S3 once in this process: who reads its ranges is another test's matter."""
-    place: Place = request.getfixturevalue(f"{request.param}_place")
-    yield place
-    place.close()
+@pytest.fixture
+def place(directory_place: Place) -> Iterator[Place]:
+    """What does not depend on the kind of store is tested in a directory."""
+    yield directory_place
+    directory_place.close()
 
 
 @pytest.fixture
 def store(place: Place) -> Store:
     return place.open()
+
+
+@pytest.fixture(params=["directory", "moto", pytest.param("ceph", marks=pytest.mark.server)])
+def any_place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Who reads the ranges of S3 is another test's matter."""
+    place: Place = request.getfixturevalue(f"{request.param}_place")
+    yield place
+    place.close()
+
+
+@pytest.fixture(params=["directory", "moto"])
+def any_store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    place: Place = request.getfixturevalue(f"{request.param}_place")
+    yield place.open()
+    place.close()
 
 
 def problems(store: Store, names: list[str] | None = None) -> list[str]:
@@ -71,18 +85,20 @@ def same(found: list[Profile], expected: list[Profile]) -> bool:
 # --- what lies beside an image ---------------------------------------------------------------------------------------
 
 
-def test_profiles_lie_beside_their_image(store: Store, place: Place, image: Image):
+def test_profiles_lie_beside_their_image(any_place: Place):
+    store = any_place.open()
+    image = an_image(store)
     assert beside.load(store, image.digest) == []
     assert store.profiled() == set()
     serve, train, plain = (run_of(image, numbers, command=command) for numbers, command in (
         ([2, 0], "serve --port '80'"), ([1], "größe"), ([3], "")
     ))  # fmt: skip
     beside.save(store, image.descriptor, [serve, train, plain])
-    for reader in (store, place.open()):
+    for reader in (store, any_place.open()):
         assert same(beside.load(reader, image.digest), [serve, train, plain])
         assert reader.profiled() == {image.digest}
     beside.save(store, image.descriptor, [train])
-    assert same(beside.load(place.open(), image.digest), [train])
+    assert same(beside.load(any_place.open(), image.digest), [train])
     beside.save(store, image.descriptor, [])
     assert beside.load(store, image.digest) == []
     assert store.profiled() == set()
@@ -120,7 +136,8 @@ def test_it_is_an_artifact_that_others_understand(store: Store, image: Image):
     assert store.read(document["config"]["digest"], 0, 2) == b"{}"
 
 
-def test_their_names_are_no_images(store: Store, image: Image):
+def test_their_names_are_no_images(any_store: Store):
+    store, image = any_store, an_image(any_store)
     beside.save(store, image.descriptor, [run_of(image)])
     assert set(store.references()) == {"app:1"}
     assert store.reference(name_of(image)) is None
@@ -136,10 +153,8 @@ def test_their_names_are_no_images(store: Store, image: Image):
     assert problems(store, ["app:1"]) == []
 
 
-def test_many_commands_are_bounded(directory_place: Place):
+def test_many_commands_are_bounded(store: Store, image: Image):
     """Those that were changed last stay."""
-    store = directory_place.open()
-    image = an_image(store)
     for number in range(0, 40, 8):
         beside.add_all(store, image.descriptor, [run_of(image, [0], command=f"c{number + n}") for n in range(8)])
     found = [profile.command for profile in beside.load(store, image.digest)]
@@ -147,14 +162,14 @@ def test_many_commands_are_bounded(directory_place: Place):
     assert set(found) == {f"c{number}" for number in range(8, 40)}
 
 
-def test_a_profile_that_is_too_large(directory_place: Place, monkeypatch: pytest.MonkeyPatch):
-    store = directory_place.open()
-    image = an_image(store)
+def test_a_profile_that_is_too_large(store: Store, image: Image, monkeypatch: pytest.MonkeyPatch):
     small, large = run_of(image, [0], command="small"), run_of(image, command="large")
     beside.save(store, image.descriptor, [small])
     monkeypatch.setattr(kept, "LIMIT", len(small.encode()) + len(large.encode()) - 1)
     assert [profile.command for profile in beside.add_all(store, image.descriptor, [large])] == ["large", "small"]
     assert [profile.command for profile in beside.load(store, image.digest)] == ["large"]
+    with pytest.raises(FormatError, match="300 characters"):
+        beside.add(store, image.descriptor, run_of(image, command="x" * 300))
     monkeypatch.setattr(kept, "LIMIT", 50)
     with pytest.raises(FormatError, match="more than 50 bytes"):
         beside.save(store, image.descriptor, [large])
@@ -274,7 +289,8 @@ def test_damaged_blobs(directory_place: Place, what: str):
 # --- garbage, removal ------------------------------------------------------------------------------------------------
 
 
-def test_garbage_collection(store: Store, image: Image):
+def test_garbage_collection(any_store: Store):
+    store, image = any_store, an_image(any_store)
     other = an_image(store, "app:2", seed=2)
     profiles = [run_of(image), run_of(image, [1], command="x")]
     beside.save(store, image.descriptor, [run_of(image, [0])])
@@ -298,7 +314,8 @@ def test_garbage_collection(store: Store, image: Image):
     assert store.profiled() == set()
 
 
-def test_an_image_s_last_name_takes_its_profiles_along(store: Store, image: Image):
+def test_an_image_s_last_name_takes_its_profiles_along(any_store: Store):
+    store, image = any_store, an_image(any_store)
     other = an_image(store, "other:1", seed=2)
     store.tag("app:again", image.descriptor)
     for one in (image, other):

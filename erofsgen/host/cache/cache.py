@@ -156,11 +156,11 @@ class HostCache:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
-    def add(self, image: Image, progress: Progress = SILENT) -> CachedImage:
+    def add(self, image: Image, progress: Progress = SILENT, *, patience: float | None = None) -> CachedImage:
         """Bring everything of an image here but its packs' frames, and what lies beside it in its store.
 
-        All of it is fetched at the same time. Profiles are a hint: an image that is here is not
-        kept waiting for them, any other at most a second longer than for the rest.
+        All of it is fetched at the same time. Profiles are a hint: an image that is here is not kept waiting for them,
+        any other at most a second longer than for the rest; either for ``patience`` seconds where that is given.
 
         Raises IntegrityError and FormatError (the store's bytes are damaged), StorageError, the store's errors.
         """
@@ -194,8 +194,9 @@ class HostCache:
         self._remember(image)
         for pack in image.packs:
             self._prepare(pack)
-        if new or missing:  # otherwise there is nothing that this would have been beside of
-            profiles.wait(_PATIENCE)
+        if patience is None and (new or missing):  # otherwise there is nothing that this would have been beside of
+            patience = _PATIENCE
+        profiles.wait(patience or 0.0)
         return CachedImage(self, image.digest, image.name, [image.store.url])
 
     def image(self, name: str, store: str) -> CachedImage:
