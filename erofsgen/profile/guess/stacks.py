@@ -127,7 +127,7 @@ STACKS: Final[dict[str, Stack]] = {
     "fastapi": Stack(
         imports=("pydantic.plugin._loader",), files=("../*.dist-info/entry_points.txt",)
     ),
-    "gunicorn.app.base": Stack(imports=("gunicorn.glogging", "gunicorn.workers.sync")),
+    "gunicorn.app.base": Stack(imports=("asyncio", "gunicorn.glogging", "gunicorn.workers.sync")),
     "sqlalchemy": Stack(imports=("sqlalchemy.sql.default_comparator", "sqlalchemy.engine.default")),
     "sqlalchemy.util.compat": Stack(imports=_CONFIG_VARS),
     "uvicorn": Stack(
