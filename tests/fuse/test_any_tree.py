@@ -66,6 +66,13 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packs]:
         pack.close()
 
 
+class Deaf:
+    """A link with nobody at the other end: all is here, and that it is read is told nobody."""
+
+    def touched(self, pack: str, offset: int, length: int) -> None:
+        pass
+
+
 class Asker:
     """Asks handlers what a kernel would ask, by inode numbers alone. ``batch``: entries that fit into a reply."""
 
@@ -117,7 +124,7 @@ def test_the_kernel_is_told_what_the_reader_has(
 ) -> None:
     image = memoryview(bytes(write_index(root, with_table(root), packs.devices, chunk_size=CHUNK)))
     index = Index(image)
-    tree = Tree(index, Content(cast(Link, None), image, packs.served, Tuning()))
+    tree = Tree(index, Content(cast(Link, Deaf()), image, packs.served, Tuning()))
     told = told_by_index(index, lambda device, start, length: packs.bytes[device - 1][start : start + length])
     nodes = dict(index.walk())
     inodes: dict[bytes, int] = {b"": pyfuse3.ROOT_INODE}

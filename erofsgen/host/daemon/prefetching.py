@@ -7,6 +7,8 @@
 
 Which frames came from where is remembered for as long as a recording may need it. All of it is a hint: what fails is
 logged, and readers get on without.
+
+What only recordings and heuristics need is imported for them: readers wait for a worker that starts.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from erofsgen.erofs.reader import Index
 from erofsgen.errors import ErofsgenError
 from erofsgen.host.cache.cache import CachedImage
 from erofsgen.host.cache.objectfile import ObjectFile
@@ -29,20 +30,17 @@ from erofsgen.host.daemon.channel import Message
 from erofsgen.host.daemon.recorder import DIRECTORY, SECONDS, SUFFIX
 from erofsgen.host.fill.sources import describe
 from erofsgen.host.fill.work import Priority, Target
-from erofsgen.host.prefetch import recording as recordings
-from erofsgen.host.prefetch.guessing import Reader, guess_profile
+from erofsgen.host.prefetch.arrivals import Arrival
 from erofsgen.host.prefetch.plan import HOT_PACK, plan, plan_hot
-from erofsgen.host.prefetch.recording import Arrival
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.host.profiles import HostProfiles
 from erofsgen.pack.toc import Toc
-from erofsgen.profile.chunks import Chunks
-from erofsgen.profile.guess.command import Command
 from erofsgen.profile.profile import Profile
 from erofsgen.profile.trace import Trace
 
 if TYPE_CHECKING:
     from erofsgen.host.daemon.worker import Worker
+    from erofsgen.host.prefetch.recording import Recording
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -185,6 +183,9 @@ class Prefetching:
         if len(image.packs) > _PACKS:
             _logger.info("%s: %d packs are too many for heuristics", image.name, len(image.packs))
             return None
+        from erofsgen.host.prefetch.guessing import Reader, guess_profile
+        from erofsgen.profile.guess.command import Command
+
         command = Command(tuple(message["argv"]), message["environment"], str(message["cwd"]))
         with self._worker.wanting([pack.hex for pack in image.packs]) as files:
             reader = Reader(self._worker.engine, files)
@@ -209,10 +210,12 @@ class Prefetching:
 
     def take_in(self, token: str = "") -> list[dict[str, Any]]:
         """Take in all recordings there are. Returns facts of those that have ``token``, also of earlier ones, once."""
+        from erofsgen.host.prefetch.recording import read
+
         with self._taking_in:
             for path in sorted(self._directory.glob(f"*{SUFFIX}")):
                 try:
-                    facts = self._take_in(recordings.read(path))
+                    facts = self._take_in(read(path))
                 except (ErofsgenError, OSError) as error:
                     _logger.warning("%s: not taken in: %s", path.name, describe(error))
                     facts = None
@@ -233,7 +236,11 @@ class Prefetching:
             except Exception as error:  # the thread must live on
                 _logger.exception("recordings: %s", describe(error))
 
-    def _take_in(self, recording: recordings.Recording) -> dict[str, Any] | None:
+    def _take_in(self, recording: Recording) -> dict[str, Any] | None:
+        from erofsgen.erofs.reader import Index
+        from erofsgen.host.prefetch.recording import run_of, trace_of
+        from erofsgen.profile.chunks import Chunks
+
         header = recording.header
         image = self._worker.cache.open_image(header.image)
         tocs = self._tocs(image)
@@ -241,14 +248,14 @@ class Prefetching:
             started = self._started.pop(header.mount, None)
             arrivals = dict(self._arrivals)
         steps = started.replay.asked if started is not None and started.replay is not None else []
-        trace = recordings.trace_of(recording, tocs, arrivals, {(step.pack, step.frame): step.reason for step in steps})
+        trace = trace_of(recording, tocs, arrivals, {(step.pack, step.frame): step.reason for step in steps})
         self._judge(trace)
         if not len(trace.touches):
             return None
         self._profiles.put_trace(trace)
         chunks = Chunks(Index(image.index.read_bytes()))
         before = self._profiles.find(header.image, header.command)
-        run = recordings.run_of(recording, chunks, before)
+        run = run_of(recording, chunks, before)
         profile = self._profiles.add(header.image, run)
         _logger.info(
             "%s: recorded %r: %d chunks, %d bytes", image.name, header.command, len(run.rows), run.size,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from erofsgen.errors import FormatError
 from erofsgen.host.daemon.recorder import COLUMNS, ROWS
+from erofsgen.host.prefetch.arrivals import Arrivals
 from erofsgen.pack.toc import Toc
 from erofsgen.profile.chunks import Chunks
 from erofsgen.profile.profile import RECORDED, ROW, Profile, ordered
@@ -53,19 +54,6 @@ class Recording:
 
     header: Header
     touches: npt.NDArray[np.void]
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A frame that came: when, of ``time.monotonic``, from where, and whether nobody waited for it."""
-
-    at: float
-    source: str
-    prefetched: bool
-
-
-Arrivals = Mapping[tuple[str, int], Arrival]
-"""By the SHA-256 of the pack and the frame."""
 
 
 def read(path: Path) -> Recording:
