@@ -36,6 +36,8 @@ from erofsgen.store.open import open_store
 CONTAINERD, PACKS, NOTHING, HEURISTICS, PROFILE, OPTIMIZED, LOCAL = WAYS = (
     "containerd", "packs", "nothing ahead", "heuristics", "profile", "optimized", "everything local",
 )  # fmt: skip
+RECORDED = "recorded"
+"""What profiles are called: the container's own command is that which heuristics have guessed for."""
 PREFETCH = {NOTHING: "none", HEURISTICS: "heuristics", PROFILE: "profile", OPTIMIZED: "profile"}
 _PATIENCE = 600.0
 _NOTED = 30.0
@@ -156,7 +158,7 @@ class ReadyBench(Bench):
         """Record a start of the container on ``host``, with ``options`` of ``profile record``."""
         container = prepared.container
         settings = ["--store", self.store_url(), "--root", os.fspath(host.root)]
-        recorded = [EROFSGEN, *settings, "profile", "record", *options, "--"]
+        recorded = [EROFSGEN, *settings, "profile", "record", "--name", RECORDED, *options, "--"]
         self.start(container, lambda port: [*recorded, *self.lazily(
             self.store_url(), host.root, prepared.name, container, [*environment, *port], "--prefetch", "none",
         )])  # fmt: skip
@@ -167,7 +169,7 @@ class ReadyBench(Bench):
             self.record(host, prepared, "--no-push", environment=variables)
             recorded = HostProfiles(host.root).recorded(self.digest(prepared.name))
         for profile in recorded:
-            if profile.command == command_name(prepared.container.command):
+            if profile.command == RECORDED:
                 return profile
         raise SystemExit(f"bench: nothing was recorded of {prepared.name}")
 
@@ -256,6 +258,8 @@ class ReadyBench(Bench):
         container = prepared.container
         name = prepared.optimized if way == OPTIMIZED else prepared.name
         options = ["--eager"] if way == PACKS else ["--prefetch", PREFETCH.get(way, "none")]
+        if PREFETCH.get(way) == "profile":
+            options += ["--profile", RECORDED]
         host = EmptyHost(prepared.local if way == LOCAL else self.place(), keep=way == LOCAL)
         with host:
             self.settle()
@@ -279,13 +283,18 @@ class ReadyBench(Bench):
 
     def trace(self, host: EmptyHost, name: str, container: Container, since: float) -> Trace:
         """What the daemon noted of the container's start at ``since``, once it has written that down."""
-        digest, command = self.digest(name), command_name(container.command)
+        digest = self.digest(name)
+        commands = (RECORDED, command_name(container.command))
         until = time.monotonic() + _NOTED
-        while (trace := HostProfiles(host.root).trace(digest, command)) is None or trace.started < since:
+        profiles = HostProfiles(host.root)
+        while True:
+            for command in commands:
+                trace = profiles.trace(digest, command)
+                if trace is not None and trace.started >= since:
+                    return trace
             if time.monotonic() > until:
                 raise SystemExit(f"bench: nothing was noted of a start of {container.name}")
             time.sleep(0.05)
-        return trace
 
     def settle(self) -> None:
         """Drop the page cache, but for the programs that start containers: a host starts them all the time."""
