@@ -95,7 +95,11 @@ class ServedPack(LazyPack):
         start = offset & -_PAGE
         pages = -(-(offset + length - start) // _PAGE)
         if _HAS_CACHESTAT:
-            return linux.pages_cached(self.descriptor, start, pages * _PAGE) == pages
+            try:
+                return linux.pages_cached(self.descriptor, start, pages * _PAGE) == pages
+            except OSError as error:
+                if error.errno != errno.ENOSYS:  # a kernel built without CONFIG_CACHESTAT_SYSCALL
+                    raise
         found = ctypes.create_string_buffer(pages)
         size = ctypes.c_size_t(pages * _PAGE)
         return not _libc.mincore(ctypes.c_void_p(self._address + start), size, found) and b"\0" not in found.raw
