@@ -307,8 +307,8 @@ class TestTerminal:
     def test_a_dialogue(self, demo, terminal):
         screen, slave = terminal
         script = (
-            "stty size; read line; echo got:$line; trap 'stty size' WINCH; echo ready; sleep 60 & wait; "
-            "read line; exit 9"
+            "stty size; read line; echo got:$line; trap 'stty size; resized=1' WINCH; echo ready; "
+            'until [ "$resized" ]; do sleep 0.1; done; read line; exit 9'
         )
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
         process = demo.process("run", "-it", "demo", "bash", "-c", script, **streams)

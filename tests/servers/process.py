@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 def free_port() -> int:
     """A loopback TCP port that nobody listens on, below those that the kernel gives to outgoing connections.
 
-    Between this call and the daemon's own bind nobody but another test run's daemon can take it.
+    Between this call and the daemon's own bind nobody but another test run's daemon can take it: of the two processes
+    of one run, one has the even numbers.
     """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(20000, 32768)
+        port = random.randrange(20000 + number % 2, 32768, 2)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
