@@ -23,7 +23,7 @@ demo: setup ## Build an image, mount it with the kernel's EROFS and run Python f
 	@$(VENV)/bin/python examples/demo.py $(ARGS)
 
 test: setup ## Run the whole test suite, lint and types included (mounts need root); ARGS="-k name" for a part
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## Run the linters, the type checker and the import contracts only
 	@$(VENV)/bin/python -m pytest -q tests/test_lint.py $(ARGS)

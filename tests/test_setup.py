@@ -136,7 +136,7 @@ def ci(tmp_path):
 def test_ci_runs_the_whole_suite_and_the_kernel_tests(ci):
     assert ci() == (0, ["test", "vmtest"], "")
     recipe = make("--dry-run", "test").stdout
-    assert re.search(r"python -m pytest\s*$", recipe), "make test must not leave any test out"
+    assert re.search(r"python -m pytest -n 2 --dist loadfile\s*$", recipe), "make test must not leave any test out"
 
 
 def test_ci_runs_both_and_the_first_failure_decides(ci):
