@@ -198,8 +198,8 @@ def write_manifest(
         subject=subject,
         annotations={CHUNK_SIZE: str(options.chunk_size), OPTIONS: options.fingerprint},
     )
-    digest, size = store.put(msgspec.json.encode(manifest))
-    return Descriptor(MANIFEST_TYPE, digest, size, artifact_type=ARTIFACT_TYPE)
+    data = msgspec.json.encode(manifest)
+    return Descriptor(MANIFEST_TYPE, *store.put(data), artifact_type=ARTIFACT_TYPE, data=data)
 
 
 class _Fingerprints:

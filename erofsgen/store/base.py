@@ -20,13 +20,15 @@ from erofsgen.store import keys
 class Descriptor(
     msgspec.Struct, frozen=True, rename={"media_type": "mediaType", "artifact_type": "artifactType"}, omit_defaults=True
 ):
-    """An OCI content descriptor. ``digest`` is ``sha256:…``, ``size`` bytes."""
+    """An OCI content descriptor. ``digest`` is ``sha256:…``, ``size`` bytes. ``data``: the content itself, where it is
+    small and comes along; as little to be trusted as any other copy of it."""
 
     media_type: str
     digest: str
     size: int
     annotations: dict[str, str] = {}
     artifact_type: str | None = None
+    data: bytes | None = None
 
 
 DESCRIPTOR_LIMIT: Final = 1 << 20

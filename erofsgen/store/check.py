@@ -23,7 +23,7 @@ from erofsgen.errors import FormatError, NotFoundError, RemoteError, StorageErro
 from erofsgen.progress import SILENT, Progress, Task
 from erofsgen.store import profiles
 from erofsgen.store.base import Descriptor, Store
-from erofsgen.store.image import Image
+from erofsgen.store.image import Image, read_blob
 from erofsgen.store.inspect import tags
 from erofsgen.store.manifest import ARTIFACT_TYPE, MANIFEST_TYPE, Pack
 from erofsgen.store.packcheck import PackReport, check_pack
@@ -176,9 +176,9 @@ class _Check:
             for image in sorted(images):
                 with self._finding(""):
                     found = profiles.find(self._store, image)
-                    for layer in found.layers if found else ():
-                        task.advance(len(profiles.read(self._store, layer)))
                     beside = profiles.blobs(found) if found else {}
+                    for digest, size in beside.items():  # of the store itself, whatever came along with a name
+                        task.advance(len(read_blob(self._store, digest, size, limit=profiles.LIMIT)))
                     self._reached.update(beside)
                     self._totals.bytes += sum(beside.values())
 

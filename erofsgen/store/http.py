@@ -18,7 +18,8 @@ from erofsgen.oci.basic import basic
 from erofsgen.oci.patience import Policy
 from erofsgen.oci.tls import tls_context
 from erofsgen.store import keys, layout
-from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store, parse_descriptor, scratch
+from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store, scratch
+from erofsgen.store.documents import Documents
 from erofsgen.store.manifest import MANIFEST_LIMIT
 from erofsgen.store.transport import Locate, Location, Transport
 
@@ -33,6 +34,7 @@ class HttpStore(Store):
         self.scratch = scratch(url)
         self._base = quote(url.rstrip("/"), safe=string.punctuation) + "/"
         self._headers = _credentials(_host(url))
+        self._documents = Documents()
         tls = tls_context(None, verify=tls_verify) if url.startswith("https:") else None
         self._transport = Transport(policy=policy, tls=tls, proxy=proxy)
         self._lists: bool | None = None
@@ -46,7 +48,8 @@ class HttpStore(Store):
         return self._transport.size(self._locate(keys.blob(digest)), f"blob {digest}")
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
-        self._transport.read_into(self._locate(keys.blob(digest)), offset, buffer, f"blob {digest}")
+        if not self._documents.read_into(digest, offset, buffer):
+            self._transport.read_into(self._locate(keys.blob(digest)), offset, buffer, f"blob {digest}")
 
     def references(self) -> dict[str, Descriptor]:
         return layout.images(self._index())
@@ -81,7 +84,7 @@ class HttpStore(Store):
             data = self._transport.get(self._locate(keys.reference(name)), DESCRIPTOR_LIMIT, f"image {name!r}")
         except NotFoundError:
             return None
-        return parse_descriptor(data, f"{self._base}{keys.reference(name)}")
+        return self._documents.parse(data, f"{self._base}{keys.reference(name)}")
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         raise self._cannot("does not list blobs")

@@ -18,6 +18,7 @@ import msgspec
 from erofsgen.errors import FormatError, IntegrityError, NotFoundError
 from erofsgen.oci.reference import spellings
 from erofsgen.store.base import Descriptor, Store
+from erofsgen.store.documents import EMBEDDED
 from erofsgen.store.manifest import (
     INDEX_SIZE,
     INDEX_TYPE,
@@ -55,6 +56,7 @@ class Image:
             raise FormatError(f"{name}: not an erofsgen image", hint="convert it with `erofsgen build`")
         self.index_descriptor = layers[0]
         self.packs = tuple(pack_from_descriptor(layer, slot, of=name) for slot, layer in enumerate(layers[1:], 1))
+        self._document = data if len(data) <= EMBEDDED else None
         self._readers: dict[int, PackReader] = {}
         self._kept: FrameCache | None = None
 
@@ -79,8 +81,11 @@ class Image:
 
     @property
     def descriptor(self) -> Descriptor:
-        """What names its manifest."""
-        return Descriptor(MANIFEST_TYPE, self.digest, self.manifest_size, artifact_type=self.manifest.artifact_type)
+        """What names its manifest, and has it along if it is small."""
+        artifact_type = self.manifest.artifact_type
+        return Descriptor(
+            MANIFEST_TYPE, self.digest, self.manifest_size, artifact_type=artifact_type, data=self._document
+        )
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def images(index: Index) -> dict[str, Descriptor]:
 def put(index: Index, name: str, manifest: Descriptor) -> None:
     """Let ``name`` mean ``manifest``."""
     remove(index, name)
-    named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name})
+    named = msgspec.structs.replace(manifest, annotations={**manifest.annotations, REF_NAME: name}, data=None)
     index["manifests"].append(msgspec.to_builtins(named))
 
 

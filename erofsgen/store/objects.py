@@ -17,7 +17,8 @@ import msgspec
 
 from erofsgen.errors import NotFoundError, UsageError
 from erofsgen.store import keys
-from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store, parse_descriptor
+from erofsgen.store.base import DESCRIPTOR_LIMIT, BlobWriter, Descriptor, Speed, Store
+from erofsgen.store.documents import EMBEDDED, Documents
 from erofsgen.store.locks import Locks, Times
 from erofsgen.store.spool import Spool
 
@@ -89,6 +90,7 @@ class ObjectStore(Store):
         self.url = url
         self.scratch = scratch
         self._objects = objects
+        self._documents = Documents()
         self._locks = Locks(objects, url, times or Times())
 
     @property
@@ -99,7 +101,8 @@ class ObjectStore(Store):
         return self._objects.size(keys.blob(digest))
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
-        self._objects.read_into(keys.blob(digest), offset, buffer, f"blob {digest}")
+        if not self._documents.read_into(digest, offset, buffer):
+            self._objects.read_into(keys.blob(digest), offset, buffer, f"blob {digest}")
 
     def create(self, *, digest: str | None = None, size: int | None = None) -> BlobWriter:
         return Spool(self.scratch / "tmp", digest, size, self._upload)
@@ -114,27 +117,28 @@ class ObjectStore(Store):
 
     def references(self) -> dict[str, Descriptor]:
         names = keys.images(self._names(""))
+        nowhere = Documents()
         with ThreadPoolExecutor(_THREADS, "references") as pool:
-            meant = list(pool.map(self._meaning, names))
+            meant = list(pool.map(lambda name: self._meaning(name, nowhere), names))
         return {name: manifest for name, manifest in zip(names, meant, strict=True) if manifest is not None}
 
     def reference(self, name: str) -> Descriptor | None:
-        return None if keys.profiled(name) else self._meaning(name)
+        return None if keys.profiled(name) else self._meaning(name, self._documents)
 
     def profiled(self) -> set[str]:
         return keys.images_profiled(self._names("sha256-"))
 
     def profiles(self, image: str) -> Descriptor | None:
-        return self._meaning(keys.profiles(image))
+        return self._meaning(keys.profiles(image), self._documents)
 
     def _names(self, begin: str) -> list[str]:
         """All names, or those that begin so."""
         return [keys.name(found.key) for found in self._objects.list(keys.REFERENCES + begin)]
 
-    def _meaning(self, name: str) -> Descriptor | None:
+    def _meaning(self, name: str, documents: Documents) -> Descriptor | None:
         key = keys.reference(name)
         data = self._objects.get(key, DESCRIPTOR_LIMIT)
-        return None if data is None else parse_descriptor(data, f"{self.url}: {key}")
+        return None if data is None else documents.parse(data, f"{self.url}: {key}")
 
     def check_name(self, name: str) -> None:
         super().check_name(name)
@@ -143,6 +147,8 @@ class ObjectStore(Store):
 
     def tag(self, name: str, manifest: Descriptor) -> None:
         self._locks.check()
+        if len(manifest.data or b"") > EMBEDDED:
+            manifest = msgspec.structs.replace(manifest, data=None)
         self._objects.put(keys.reference(name), msgspec.json.encode(manifest))
 
     def untag(self, name: str) -> None:

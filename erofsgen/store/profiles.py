@@ -5,7 +5,7 @@
     sha256-<hex of the image's manifest>.profile
       └─ manifest     artifactType TYPE, subject: the image's manifest, config: the empty JSON object
            ├─ layer   an encoded profile (erofsgen.profile.profile), of media type TYPE, annotated with its command and
-           └─ …       the number of its runs; the one that was changed last comes first
+           └─ …       the number of its runs; the one that was changed last comes first. Small ones are in ``data``, too
 
 The name is that of cosign's scheme for attachments, so it is possible in every kind of store, and one request finds it
 or finds that there is none. A registry lists the manifest among the image's referrers, too.
@@ -48,6 +48,8 @@ COMMAND_LIMIT: Final = 200
 """Characters of a command at most."""
 
 _MANIFEST_LIMIT: Final = 1 << 20
+_EMBEDDABLE: Final = 40 << 10
+"""Bytes of all profiles that are in the manifest, too: with it they are at most as many as a reference can have."""
 _EMPTY: Final = b"{}"
 _EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"
 
@@ -117,7 +119,7 @@ def put(store: Store, command: str, runs: int, encoded: bytes) -> Descriptor:
     if len(command) > COMMAND_LIMIT:
         raise FormatError(f"a profile of a command of {len(command)} characters, at most {COMMAND_LIMIT} are possible")
     digest, size = store.put(encoded)
-    return Descriptor(TYPE, digest, size, {COMMAND: command, RUNS: str(runs)})
+    return Descriptor(TYPE, digest, size, {COMMAND: command, RUNS: str(runs)}, data=encoded)
 
 
 def write(store: Store, image: Descriptor, layers: Iterable[Descriptor]) -> None:
@@ -127,12 +129,14 @@ def write(store: Store, image: Descriptor, layers: Iterable[Descriptor]) -> None
     large), UnsupportedError (the store cannot be written to), RemoteError, StorageError.
     """
     kept: list[Descriptor] = []
-    room = LIMIT
+    room, embeddable = LIMIT, _EMBEDDABLE
     for layer in list(layers)[:COUNT]:
         room -= layer.size
         if room < 0:
             break
-        kept.append(layer)
+        embedded = layer.data is not None and layer.size <= embeddable
+        embeddable -= embedded * layer.size
+        kept.append(layer if embedded else msgspec.structs.replace(layer, data=None))
     if not kept:
         if room < 0:
             raise FormatError(f"a profile of more than {LIMIT} bytes")
@@ -146,8 +150,9 @@ def write(store: Store, image: Descriptor, layers: Iterable[Descriptor]) -> None
         layers=kept,
         subject=Descriptor(MANIFEST_TYPE, image.digest, image.size),
     )
-    digest, size = store.put(msgspec.json.encode(manifest))
-    store.tag_profiles(image.digest, Descriptor(MANIFEST_TYPE, digest, size, artifact_type=TYPE))
+    data = msgspec.json.encode(manifest)
+    digest, size = store.put(data)
+    store.tag_profiles(image.digest, Descriptor(MANIFEST_TYPE, digest, size, artifact_type=TYPE, data=data))
 
 
 def copy(source: Store, destination: Store, image: Descriptor) -> list[str]:
@@ -182,15 +187,20 @@ def forget(store: Store, image: str) -> None:
 
 def blobs(found: Beside) -> dict[str, int]:
     """Digests and sizes of all its blobs."""
-    config = f"sha256:{hashlib.sha256(_EMPTY).hexdigest()}"
-    return {config: len(_EMPTY)} | {blob.digest: blob.size for blob in (found.manifest, *found.layers)}
+    return {_digest(_EMPTY): len(_EMPTY)} | {blob.digest: blob.size for blob in (found.manifest, *found.layers)}
 
 
 def _read(store: Store, blob: Descriptor, limit: int, what: str) -> bytes:
     """A small blob, checked. Unlike :func:`.image.read_blob` in one request: what lies behind it is of no interest."""
     if not 0 <= blob.size <= limit:
         raise FormatError(f"{what}: blob {blob.digest} claims {blob.size} bytes, at most {limit} are sensible")
+    if blob.data is not None and _digest(blob.data) == blob.digest:
+        return blob.data
     data = store.read(blob.digest, 0, blob.size)
-    if f"sha256:{hashlib.sha256(data).hexdigest()}" != blob.digest:
+    if _digest(data) != blob.digest:
         raise IntegrityError(f"{what}: blob {blob.digest} differs from its digest", hint="remove them and record anew")
     return data
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

@@ -31,6 +31,7 @@ from erofsgen.oci.reference import Reference, is_digest, is_tag
 from erofsgen.oci.registryclient import ACCEPT, RegistryClient
 from erofsgen.store import keys, profiles, referrers
 from erofsgen.store.base import BlobWriter, Descriptor, Speed, Store, scratch
+from erofsgen.store.documents import Documents
 from erofsgen.store.image import read_blob
 from erofsgen.store.manifest import ARTIFACT_TYPE
 from erofsgen.store.spool import Spool
@@ -77,6 +78,7 @@ class RegistryStore(Store):
         self._client = RegistryClient(reference, tls_verify=tls_verify, authfile=authfile, policy=policy)
         self._policy = policy
         self._proxy = proxy
+        self._documents = Documents()
         self._lock = threading.Lock()
         self._transport: Transport | None = None
 
@@ -93,6 +95,8 @@ class RegistryStore(Store):
         return self._reader().size(next(places), what, *places)
 
     def read_into(self, digest: str, offset: int, buffer: memoryview) -> None:
+        if self._documents.read_into(digest, offset, buffer):
+            return
         what = _what(digest)
         try:
             self._reader().read_into(self._locate(f"blobs/{digest}"), offset, buffer, what)
@@ -126,6 +130,7 @@ class RegistryStore(Store):
             return None
         found = Descriptor(root.media_type, root.digest, root.size, artifact_type=_facts(data, name).artifact_type)
         if found.artifact_type == ARTIFACT_TYPE:
+            self._documents.keep(found.digest, data)
             return found
         subject = root.digest
         if root.media_type in INDEX_TYPES:
@@ -163,7 +168,7 @@ class RegistryStore(Store):
         facts = _facts(data, name)
         if facts.subject is not None and "OCI-Subject" not in said:
             referrer = msgspec.structs.replace(
-                manifest, artifact_type=facts.artifact_type, annotations=facts.annotations or {}
+                manifest, artifact_type=facts.artifact_type, annotations=facts.annotations or {}, data=None
             )
             referrers.add(self._client, facts.subject.digest, referrer)
 
@@ -201,9 +206,10 @@ class RegistryStore(Store):
 
     def profiles(self, image: str) -> Descriptor | None:
         try:
-            manifest, _ = self._client.manifest(keys.profiles(image))
+            manifest, data = self._client.manifest(keys.profiles(image))
         except NotFoundError:
             return None
+        self._documents.keep(manifest.digest, data)
         return Descriptor(manifest.media_type, manifest.digest, manifest.size, artifact_type=profiles.TYPE)
 
     def tag_profiles(self, image: str, manifest: Descriptor) -> None:

@@ -114,7 +114,11 @@ class Exchange:
         """Pass the request on, and the upstream's answer back, as they are."""
         response = self.forward()
         self.begin(response)
-        self.send(self._body(response, framed=True))
+        limited = self.proxy.rate or self.proxy.total_rate
+        if response.length and not response.chunked and not limited and self._has_body(response):
+            self._upstream.pass_on(response.length, self.client)
+        else:
+            self.send(self._body(response, framed=True))
 
     def forward(self, headers: httpx.Headers | None = None) -> Head:
         """Send the request with its body upstream, with other ``headers`` where given: the answer's head."""
@@ -172,8 +176,11 @@ class Exchange:
         self._pour(self.client.body(self.head, at_once=self._step()), upstream)
         self._unread = False
 
+    def _has_body(self, response: Head) -> bool:
+        return self.head.method != "HEAD" and response.status not in (204, 304)
+
     def _body(self, response: Head, *, framed: bool) -> Iterable[memoryview | bytes]:
-        if self.head.method == "HEAD" or response.status in (204, 304):
+        if not self._has_body(response):
             return ()
         if response.length is None and not response.chunked:
             self.keep = False  # it ends where the connection does

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +91,27 @@ class Wire:
         if head.length is None:
             return self._rest(at_once)
         return self._pieces(head.length, at_once)
+
+    def pass_on(self, count: int, to: Wire) -> None:
+        """Send ``to`` the next ``count`` bytes without copying them to here and back."""
+        early, self._early = self._early[:count], self._early[count:]
+        if early:
+            to.send(early)
+            count -= len(early)
+        if not count:
+            return
+        end, begin = os.pipe()
+        try:
+            fcntl.fcntl(begin, fcntl.F_SETPIPE_SZ, 1 << 20)
+            while count:
+                if not (held := os.splice(self.socket.fileno(), begin, min(count, 1 << 20))):
+                    raise ConnectionError("closed within a body")
+                count -= held
+                while held:
+                    held -= os.splice(end, to.socket.fileno(), held)
+        finally:
+            os.close(end)
+            os.close(begin)
 
     def _pieces(self, count: int, at_once: int) -> Iterator[memoryview]:
         while count:

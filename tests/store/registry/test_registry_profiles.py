@@ -110,6 +110,16 @@ def test_an_image_without_profiles_costs_one_request(full, open_registry, built,
     assert len(full.requests) == 1
 
 
+def test_an_image_and_its_profiles_cost_a_request_each(full, open_registry, built, push):
+    store = open_registry(full)
+    push(store)
+    beside.add(store, built.image.descriptor, run_of(built.image))
+    full.requests.clear()
+    image = Image.open(store, "lazy")
+    assert [profile.runs for profile in beside.load(store, image.digest)] == [1]
+    assert len(full.requests) == 2
+
+
 def test_a_registry_that_deletes_nothing(full, open_registry, built, push):
     """What was replaced stays there; what is to go cannot."""
     full.deletes = ()
