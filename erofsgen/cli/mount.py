@@ -39,18 +39,17 @@ def command(
     Its files are there at once, their data arrives as it is read: a daemon, started where none runs, brings it. With
     --eager all data is brought first, and no daemon is needed.
     """
+    finding = settings.finding(image)
     from erofsgen.cli import output
     from erofsgen.host.mount.mounts import mount
     from erofsgen.host.prefetch.start import Start, wanted_recording
-    from erofsgen.host.pull import find
 
     token, recorded_as = wanted_recording()
     mode = prefetch or ("none" if token else "auto")
     start = Start(command=profile or recorded_as or "", mode=mode, token=token)
-    found = find(settings.cache(), settings.store, image)
     with settings.progress() as progress:
         info = mount(
-            found,
+            finding.image(settings.cache(), progress),
             target,
             root=settings.root,
             plane="eager" if eager else settings.plane(plane),

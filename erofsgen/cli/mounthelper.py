@@ -146,14 +146,13 @@ def split(options: str) -> Iterator[str]:
 
 
 def _mount(request: Request) -> None:
+    finding = request.settings.finding(request.image)
     from erofsgen.host.mount.mounts import mount
-    from erofsgen.host.pull import find
 
     if request.plane not in ("auto", "eager", *LAZY):
         raise UnsupportedError(f"no plane {request.plane}", hint=f"use one of auto, {', '.join(LAZY)}, eager")
-    image = find(request.settings.cache(), request.settings.store, request.image)
     mount(
-        image,
+        finding.image(request.settings.cache()),
         request.target,
         root=request.settings.root,
         plane=request.settings.plane(request.plane),

@@ -83,12 +83,11 @@ def command(
     """
     if rw and read_only:
         raise UsageError("--rw and --read-only contradict each other")
+    finding = settings.finding(image)
     from erofsgen.host.container.bundle import Options, Volume
     from erofsgen.host.container.run import run
     from erofsgen.host.prefetch.start import wanted_recording
-    from erofsgen.host.pull import find
 
-    found = find(settings.cache(), settings.store, image)
     options = Options(
         command=cmd[1:] if cmd[:1] == ("--",) else cmd,
         entrypoint=None if entrypoint is None else _entrypoint(entrypoint),
@@ -102,6 +101,8 @@ def command(
         terminal=tty,
     )
     token, recorded_as = wanted_recording()
+    with settings.progress() as progress:
+        found = finding.image(settings.cache(), progress)
     return run(
         found,
         options,

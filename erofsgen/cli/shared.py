@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from erofsgen.build.options import BuildOptions
     from erofsgen.host.cache.cache import HostCache
+    from erofsgen.host.finding import Finding
     from erofsgen.host.mount.state import Plane
     from erofsgen.progress import Progress
     from erofsgen.store.base import Store
@@ -74,6 +75,14 @@ class Settings:
         from erofsgen.host.cache.cache import HostCache
 
         return HostCache(self.root, directories=self.cache_dirs, max_bytes=self.max_bytes)
+
+    def finding(self, image: str) -> Finding:
+        """An image of the store, from now on on its way into the host cache."""
+        from erofsgen.host.finding import Finding
+
+        if self.cache_dirs or self.max_bytes is not None:
+            self.cache()  # records these before anything is put there
+        return Finding(self.root, self.store, image)
 
     def open_store(self, url: str | None = None, *, create: bool = False, change: bool = False) -> Store:
         """The store, or the one at ``url``, until the verb ends. ``change`` readies an OCI layout that another tool

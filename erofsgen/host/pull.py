@@ -72,7 +72,7 @@ def carry_out(
     while True:
         client = Client.connect(cache.root)
         if client is not None:
-            with client, _Shown(progress) as shown:
+            with client, Shown(progress) as shown:
                 return client.worker(do, shown.show, **arguments)
         try:
             with cache.filling():
@@ -81,7 +81,7 @@ def carry_out(
             continue  # a daemon was started meanwhile
 
 
-class _Shown:
+class Shown:
     """What the daemon says of its progress, as a task of ours."""
 
     def __init__(self, progress: Progress) -> None:
@@ -97,7 +97,7 @@ class _Shown:
         task.advance(done - before)
         self._tasks[label] = (task, done)
 
-    def __enter__(self) -> _Shown:
+    def __enter__(self) -> Shown:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -55,9 +55,25 @@ class Client:
         return self._call({"do": "worker", "command": {"do": do, **arguments}}, progress)
 
     def tell_worker(self, do: str, **arguments: Any) -> None:  # noqa: ANN401
-        """Have the worker do something that nobody waits for. The connection is of no use afterwards."""
+        """Have the worker do something. The connection is of no use afterwards, but for its :meth:`answer`."""
         with suppress(OSError):
             self._connection.sendall(json.dumps({"do": "worker", "command": {"do": do, **arguments}}).encode() + b"\n")
+
+    def answer(self, progress: Progress | None = None) -> dict[str, Any]:
+        """The facts that the worker replies with to what it was told. Raises the error it replies with."""
+        try:
+            for line in self._lines:
+                message = json.loads(line)
+                if "error" in message:
+                    raise control.error_of(message)
+                if "ok" in message:
+                    facts: dict[str, Any] = message["ok"]
+                    return facts
+                if progress is not None:
+                    progress(message["progress"])
+        except OSError as error:
+            raise control.no_answer() from error
+        raise control.no_answer()
 
     def close(self) -> None:
         """Hang up."""
@@ -73,18 +89,9 @@ class Client:
     def _call(self, command: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
         try:
             self._connection.sendall(json.dumps(command).encode() + b"\n")
-            for line in self._lines:
-                message = json.loads(line)
-                if "error" in message:
-                    raise control.error_of(message)
-                if "ok" in message:
-                    facts: dict[str, Any] = message["ok"]
-                    return facts
-                if progress is not None:
-                    progress(message["progress"])
         except OSError as error:
             raise control.no_answer() from error
-        raise control.no_answer()
+        return self.answer(progress)
 
 
 def start(root: Path, options: Sequence[str] = ()) -> None:

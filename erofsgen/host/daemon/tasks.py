@@ -18,6 +18,7 @@ from erofsgen.host.cache.filling import fill_packs, take_over
 from erofsgen.host.cache.manage import Removed, clear, collect, packs_of
 from erofsgen.host.cache.verify import Report, verify
 from erofsgen.progress import Task
+from erofsgen.store.image import Image
 from erofsgen.store.open import open_store
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Tasks:
             "status": self._status,
             "take in": self._take_in,
             "expect": self._expect,
+            "add": self._add,
         }
 
     def start(self, command: dict[str, Any], client: socket.socket) -> None:
@@ -96,6 +98,16 @@ class Tasks:
         """Open a store that an image is about to come from."""
         self._worker.expect(str(command["store"]))
         return {}
+
+    def _add(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:
+        """Have in the cache what a mount of an image needs."""
+        worker = self._worker
+        # The tiers before it are about to be read, too
+        threading.Thread(target=worker.expect, args=(str(command["store"]),), name="expect", daemon=True).start()
+        image = Image.open(worker.store(str(command["store"])), str(command["name"]))
+        worker.cache.layout.reload()  # another process may have added a directory
+        added = worker.cache.add(image, progress)
+        return {"digest": added.digest, "name": added.name}
 
     def _take_in(self, command: dict[str, Any], progress: _Progress) -> dict[str, Any]:  # noqa: ARG002
         """Make profiles of what was recorded."""

@@ -41,9 +41,10 @@ from erofsgen.host.daemon.scrub import Scrubber
 from erofsgen.host.daemon.tasks import Tasks
 from erofsgen.host.fill.chain import add_chains
 from erofsgen.host.fill.engine import Engine, Priority
-from erofsgen.host.fill.sources import describe
+from erofsgen.host.fill.sources import UrlSource, describe
 from erofsgen.host.metrics.address import VARIABLE, Address
 from erofsgen.host.profiles import HostProfiles
+from erofsgen.store.base import Store
 from erofsgen.store.manifest import Pack
 
 _logger: Final = logging.getLogger(__name__)
@@ -286,6 +287,13 @@ class Worker:
     def add_stores(self, image: CachedImage) -> None:
         """Let the stores that are known to have an image, and the tiers before them, be sources of its packs."""
         add_chains(self.engine, self.config, image.stores, [pack.hex for pack in image.packs])
+
+    def store(self, url: str) -> Store:
+        """The store ``url``, as packs are fetched from it. Raises what opening it raises."""
+        add_chains(self.engine, self.config, [url], [])
+        source = self.engine.source(url)
+        assert isinstance(source, UrlSource)
+        return source.store()
 
     def expect(self, store: str) -> None:
         """Open ``store``, and what stands before it: what that needs is imported before the first read waits for it."""

@@ -155,6 +155,11 @@ class Engine:
         with self._lock:
             self._tiers.add(source, packs)
 
+    def source(self, name: str) -> Source:
+        """One of its sources."""
+        with self._lock:
+            return next(source for source in self._tiers.sources if source.name == name)
+
     def open_sources(self) -> None:
         """Have sources be ready that are opened when they are read first. What fails is told by reads."""
         with self._lock:
