@@ -53,7 +53,7 @@ CATALOGUE = {
 }
 
 QUICK = {
-    "6.12-ondemand": "not [blockfuse and not [fuse",
+    "6.12-ondemand": "not [blockfuse and not [fuse and not [eager and not test_speed",
     "6.12": "not [fuse and not [eager and not test_demo and not 100_mounts and not test_speed and not test_power",
 }
 """What ``make vmtest`` runs: kernels, and which cases on each. What these leave out the suite tests on this machine."""

@@ -1,7 +1,7 @@
 """An image of a store into the host cache, as far as a mount needs it, by whoever is quickest at that.
 
-A daemon that runs is asked at once: its worker has the store open, and has imported what reads indexes and tables, either
-of which takes as long as a small container's start. Where none runs, or it fails, this process does it: it may know more
+A daemon that runs is asked at once: its worker has the store open, and has imported what reads indexes and tables.
+Either takes as long as a small container's start. Where none runs, or it fails, this process does it: it may know more
 than the daemon, whose environment is another, and tries longer.
 """
 

@@ -14,6 +14,7 @@ descriptor that the supervisor hands over, because writing through another would
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import secrets
@@ -361,6 +362,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.set_up()
+    gc.freeze()  # what is imported stays; to look through it again and again is a tenth of opening an S3 store
     try:
         end = socket.socket(fileno=options.channel)
         end.set_inheritable(False)
