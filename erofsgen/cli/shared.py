@@ -82,7 +82,11 @@ class Settings:
 
         if self.cache_dirs or self.max_bytes is not None:
             self.cache()  # records these before anything is put there
-        return Finding(self.root, self.store, image)
+        finding = Finding(self.root, self.store, image)
+        context = click.get_current_context(silent=True)
+        if context is not None:
+            context.call_on_close(finding.close)
+        return finding
 
     def open_store(self, url: str | None = None, *, create: bool = False, change: bool = False) -> Store:
         """The store, or the one at ``url``, until the verb ends. ``change`` readies an OCI layout that another tool

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Finding:
     """The image called ``name`` in the store ``url``, on its way into the host cache below ``root``.
 
-    What takes its time can be done, or imported, before :meth:`image` waits for it.
+    What takes its time can be done, or imported, before :meth:`image` waits for it. Who does not must :meth:`close` it.
     """
 
     def __init__(self, root: Path, url: str, name: str) -> None:
@@ -44,3 +44,8 @@ class Finding:
                 added = self._client.answer(shown.show)
                 return cache.open_image(str(added["digest"]), str(added["name"]))
         return find(cache, self._url, self._name)
+
+    def close(self) -> None:
+        """Nobody waits for it any more."""
+        if self._client is not None:
+            self._client.close()

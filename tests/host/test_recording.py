@@ -215,6 +215,16 @@ def test_a_start_is_recorded_and_replayed(host: Host, wide: Sample, mount_point:
     assert again.runs == 2
     assert np.allclose(again.confidence(), 1)
 
+    host.end()
+    for path in (host.root / "packs").glob("*.map"):
+        with path.open("r+b") as map_file:
+            map_file.seek(16)
+            map_file.write(b"another boot's !")
+    host.start("--worker=--complete-at", "--worker=2")
+    host.mount(wide.image, mount_point, start=Start(command="serve", mode="profile"))
+    eventually(prefetched)
+    assert host.engine()["frames"] == 0, "what an earlier boot left is compared"
+
 
 def test_mounts_that_are_gone_count_on(tmp_path: Path) -> None:
     made = recorder.Recorder(tmp_path)

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -31,7 +31,7 @@ from erofsgen.host.daemon.recorder import DIRECTORY, SECONDS, SUFFIX
 from erofsgen.host.fill.sources import describe
 from erofsgen.host.fill.work import Priority, Target
 from erofsgen.host.prefetch.arrivals import Arrival
-from erofsgen.host.prefetch.plan import HOT_PACK, plan, plan_hot
+from erofsgen.host.prefetch.plan import HOT_PACK, Step, plan, plan_hot
 from erofsgen.host.prefetch.replay import Budget, Replay
 from erofsgen.host.profiles import HostProfiles
 from erofsgen.pack.toc import Toc
@@ -163,6 +163,7 @@ class Prefetching:
             budget = Budget(self._config.bytes, self._config.seconds, self._config.bandwidth)
             started.replay = Replay(self._worker.engine, str(message["mount"]), steps, targets.__getitem__, budget)
             started.state = "running"
+            _recover(targets, steps)
             started.replay.run()
         self._worker.look_after(targets.values())
 
@@ -314,6 +315,14 @@ class Prefetching:
         over = [mount for mount, started in self._started.items() if now - started.at > _KEPT and not _goes_on(started)]
         for mount in over:
             del self._started[mount]
+
+
+def _recover(targets: Mapping[str, PackFile | ObjectFile], steps: Sequence[Step]) -> None:
+    """What is on this host already, from an earlier boot or in another cache, is compared and not fetched."""
+    for pack, frame, size, _ in steps:
+        target = targets[pack]
+        if suspects := target.suspects(int(target.toc.device_offsets[frame]), size):
+            target.recover(suspects)
 
 
 def _goes_on(started: _Started) -> bool:
