@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from erofsgen.errors import BusyError, NotFoundError, UsageError
 from erofsgen.host.fill.alarm import Alarm
 from erofsgen.host.fill.counters import Counters, Stats
@@ -273,7 +275,7 @@ class Engine:
         data: memoryview | None = None
         error: BaseException | None = None
         try:
-            data = memoryview(bytearray(read.length))
+            data = np.empty(read.length, np.uint8).data  # a bytearray would be cleared first
             source.read_into(f"sha256:{read.target.name}", read.offset, data)
         except BaseException as reason:  # noqa: BLE001 - a source may raise anything; the thread must live on
             error = reason
