@@ -11,7 +11,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from fillkit import BLOCK, WAIT, FileTarget, Gate, MemorySource, Pack, eventually, make_pack, no_thread_left
 
@@ -286,10 +289,6 @@ def test_no_more_background_is_opened_than_there_are_cores(store: DirectoryStore
     target.close()
 
 
-class Counted(bytearray):
-    """Bytes that say when they are gone."""
-
-
 @pytest.mark.parametrize("raw", [False, True])
 def test_memory_in_flight_is_bounded(
     store: DirectoryStore, tmp_path: Path, raw: bool, monkeypatch: pytest.MonkeyPatch
@@ -303,9 +302,9 @@ def test_memory_in_flight_is_bounded(
         with lock:
             held -= length
 
-    def count(length: int) -> Counted:
+    def count(length: int, kind: type[np.uint8]) -> npt.NDArray[np.uint8]:
         nonlocal held, most, read
-        counted = Counted(length)
+        counted = np.empty(length, kind)
         with lock:
             held += length
             read += length
@@ -313,7 +312,7 @@ def test_memory_in_flight_is_bounded(
         weakref.finalize(counted, gone, length).atexit = False
         return counted
 
-    monkeypatch.setattr(engine_module, "bytearray", count, raising=False)
+    monkeypatch.setattr(engine_module, "np", SimpleNamespace(empty=count, uint8=np.uint8))
     memory = 4 << 20
     with Engine([MemorySource([pack])], threads=8, memory=memory) as engine:
         target.before = lambda _: time.sleep(0.0005)  # slower than the source
