@@ -1,8 +1,8 @@
 """An image of a store into the host cache, as far as a mount needs it, by whoever is quickest at that.
 
-A daemon that runs is asked at once: its worker has the store open, and has imported what reads indexes and tables.
-Either takes as long as a small container's start. Where none runs, or it fails, this process does it: it may know more
-than the daemon, whose environment is another, and tries longer.
+A daemon that runs is asked at once where the store is remote: its worker has that open, and has imported what reads
+indexes and tables. Either takes as long as a small container's start. Where none runs, or it fails, this process does
+it: it may know more than the daemon, whose environment is another, and tries longer. A directory is open at once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Finding:
     def __init__(self, root: Path, url: str, name: str) -> None:
         self._url, self._name = absolute(url), name  # the daemon has another working directory
         self._client: Client | None = None
+        if "://" not in self._url:
+            return
         with suppress(ErofsgenError):
             self._client = Client.connect(root)
             if self._client is not None:

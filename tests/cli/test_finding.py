@@ -31,15 +31,30 @@ def imported(program: Erofsgen, *arguments: str | Path) -> str:
     return said.decode()
 
 
-def test_a_daemon_finds_it(sample: Erofsgen, daemon: Callable[[Erofsgen], None], mount_point: Path):
+@pytest.fixture
+def in_s3(
+    sample_tars: tuple[Path, Path], erofsgen: Erofsgen, moto_s3: S3Server, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Erofsgen:  # fmt: skip
+    """The program with ``sample:1`` in S3, and with what it takes to get it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in moto_s3.environment().items():
+        monkeypatch.setenv(name, value)
+    erofsgen.options[1] = f"s3://{moto_s3.bucket()}/images"
+    erofsgen("build", f"tar:{sample_tars[0]}", "--tag", "sample:1")
+    return erofsgen
+
+
+def test_a_daemon_finds_it(in_s3: Erofsgen, daemon: Callable[[Erofsgen], None], mount_point: Path):
     """What takes longest is not even imported by the command."""
-    daemon(sample)
-    modules = imported(sample, "mount", "sample:1", mount_point)
+    daemon(in_s3)
+    modules = imported(in_s3, "mount", "sample:1", mount_point)
     assert "erofsgen.host.finding" in modules
     assert "numpy" not in modules
-    assert "erofsgen.store.directory" not in modules
+    assert "botocore" not in modules
     assert any(path.is_file() and path.read_bytes() for path in mount_point.rglob("*"))
-    sample("umount", mount_point)
+    in_s3("umount", mount_point)
 
 
 def test_where_none_runs_the_command_does(sample: Erofsgen, mount_point: Path):
@@ -67,17 +82,14 @@ def test_what_is_nowhere(sample: Erofsgen, daemon: Callable[[Erofsgen], None], m
 
 
 def test_a_daemon_without_credentials(
-    sample_tars: tuple[Path, Path], erofsgen: Erofsgen, daemon: Callable[[Erofsgen], None], mount_point: Path,
-    moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    in_s3: Erofsgen, moto_s3: S3Server, daemon: Callable[[Erofsgen], None], mount_point: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     """It was started by somebody else. The command has them, so there is a mount; its data is the daemon's to bring."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    daemon(erofsgen)
-    for name, value in moto_s3.environment().items():
-        monkeypatch.setenv(name, value)
-    erofsgen.options[1] = f"s3://{moto_s3.bucket()}/images"
-    erofsgen("build", f"tar:{sample_tars[0]}", "--tag", "sample:1")
-    erofsgen("mount", "sample:1", mount_point)
+    with monkeypatch.context() as without:
+        for name in moto_s3.environment():
+            without.delenv(name)
+        daemon(in_s3)
+    assert "botocore" in imported(in_s3, "mount", "sample:1", mount_point)
     assert list(mount_point.iterdir())
-    erofsgen("umount", mount_point)
+    in_s3("umount", mount_point)
